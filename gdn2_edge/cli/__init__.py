@@ -1,0 +1,86 @@
+"""The command line. One file a command: options, one call of the library, print. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated, NoReturn
+
+import typer
+
+from gdn2_edge.cli.chat import chat
+from gdn2_edge.cli.convert import convert
+from gdn2_edge.cli.inspect import inspect
+from gdn2_edge.cli.quantize import quantize
+from gdn2_edge.errors import Gdn2EdgeError
+
+app = typer.Typer(
+    name="gdn2-edge",
+    help="Quantize, run and chat with Gated DeltaNet-2 language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (chat, inspect, convert, quantize):
+    app.command()(command)
+
+_debug = False
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from gdn2_edge import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options before a command."""
+    global _debug
+    _debug = debug
+
+
+def main() -> NoReturn:
+    """Run the command line: exit code 1 and one sentence for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        sys.exit(_report(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: Exception) -> int:
+    import click
+
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    if _debug:
+        traceback.print_exception(error)
+    if isinstance(error, BrokenPipeError):
+        sys.stderr.close()  # the reader has gone: there is nobody to tell
+        return 1
+    if isinstance(error, Gdn2EdgeError):
+        message = str(error)
+    elif isinstance(error, MemoryError) or "not enough memory" in str(error):
+        message = "there is not enough memory for this. A smaller model or format needs less."
+    elif isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename or 'a file'}: {error.strerror}."
+    else:
+        message = f"unexpected {type(error).__name__}: {error}. `gdn2-edge --debug ...` shows where."
+    print(f"error: {message}", file=sys.stderr)
+    return 1

@@ -1,0 +1,287 @@
+"""`gdn2-edge chat`: talk to a model; its memory is a state of constant size that a file keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gdn2_edge.cli.render import megabytes, print_json
+from gdn2_edge.errors import Gdn2EdgeError, SessionError
+
+if TYPE_CHECKING:
+    from gdn2_edge.generate.sampler import Sampling
+    from gdn2_edge.generate.session import Session
+
+HELP = """\
+/help            this list
+/save FILE       keep the session in a file, now and after every answer
+/load FILE       go on with a session from a file
+/undo            take the last turn back
+/reset           forget everything
+/stats           tokens, state, model
+/quit            leave (Ctrl-D too)
+Ctrl-C stops an answer; Alt-Enter begins a new line."""
+UNKNOWN_MODEL = (
+    "This checkpoint says nothing of what it can do. Like every GDN-2 model it keeps the conversation in a memory of "
+    "fixed size: it forgets what lies far back, and what it says may be wrong."
+)
+
+
+def chat(
+    path: Annotated[
+        str, typer.Argument(metavar="[PATH]", help="A checkpoint folder, or the name of a model.")
+    ] = "tiny",
+    session: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Go on with this session, and keep it there.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message for a new session.")] = None,
+    once: Annotated[str | None, typer.Option(metavar="TEXT", help="Answer this and leave.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the most likely tokens up to this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens less likely than this times the best.")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="1 is none; above 1.1 spoils copied numbers.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same conversation.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="Activations: fp32 or bf16; by default what suits the device.")
+    ] = None,
+    runtime: Annotated[str, typer.Option(help="auto or torch.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print one answer as JSON (with --once or a pipe).")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print answers only.")] = False,
+) -> None:
+    """Chat with a model. A prompt from a pipe is answered once."""
+    prompt = once
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().strip()
+        if not prompt:
+            raise typer.BadParameter("standard input is no terminal and holds no prompt. Give --once TEXT.")
+    if json and prompt is None:
+        raise typer.BadParameter("--json needs --once TEXT or a prompt from a pipe.")
+    given = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    with contextlib.ExitStack() as stack:
+        talk = _open(stack, path, session, system, options, device, dtype, runtime)
+        talk.max_tokens, talk.quiet = max_tokens, quiet
+        if prompt is None:
+            _converse(talk, stack)
+        elif json:
+            answer = "".join(talk.answer(prompt))
+            print_json({"answer": answer, **talk.stats()})
+        else:
+            _print_answer(talk, prompt)
+
+
+@dataclass
+class Talk:
+    """A session, the file that keeps it, and what the last answer took."""
+
+    session: Session
+    file: Path | None
+    max_tokens: int = 512
+    quiet: bool = False
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def answer(self, text: str) -> Iterator[str]:
+        """The pieces of an answer; Ctrl-C ends it, and in either case the session is kept."""
+        begun, fed = time.perf_counter(), self.session.position
+        first = 0.0
+        with _interruptible() as interrupted:
+            for piece in self.session.send(text, self.max_tokens, interrupted):
+                first = first or time.perf_counter()
+                yield piece
+        if interrupted() and self.session.position == fed:
+            yield "[stopped before the first word; nothing was kept of this turn]"
+        ended = time.perf_counter()
+        self.seconds, self.tokens = ended - (first or begun), self.session.position - fed
+        if self.file:
+            self.session.save(self.file)
+
+    def stats(self) -> dict[str, Any]:
+        spoken = self.session.answer_tokens
+        return {
+            "model": str(self.session.runtime.path),
+            "runtime": self.session.runtime.name,
+            "answer_tokens": spoken,
+            "tokens_per_second": round(max(spoken - 1, 0) / self.seconds, 1) if self.seconds else None,
+            "tokens_fed": self.session.position,
+            "state_bytes": self.session.state_bytes,
+        }
+
+
+def _open(
+    stack: contextlib.ExitStack,
+    path: str,
+    file: str | None,
+    system: str | None,
+    options: dict[str, Any],
+    device: str,
+    dtype: str | None,
+    runtime: str,
+) -> Talk:
+    from gdn2_edge.convert import DTYPES
+    from gdn2_edge.generate.session import Session, exclusive
+    from gdn2_edge.loading import load
+
+    if dtype is not None and dtype not in DTYPES:
+        raise typer.BadParameter(f"--dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+    kept = Path(file) if file else None
+    if kept:
+        stack.enter_context(exclusive(kept))
+    model = load(path, device, DTYPES[dtype] if dtype else None, runtime)
+    if kept and kept.exists():
+        if system is not None:
+            raise SessionError(f"{kept} has begun already: --system is for a new session. Leave it out.")
+        session = Session.load(kept, model)
+    else:
+        session = Session(model, system=system)
+    session.sampling = _sampling(session.sampling, options)
+    return Talk(session, kept)
+
+
+def _sampling(base: Sampling, options: dict[str, Any]) -> Sampling:
+    from pydantic import ValidationError
+
+    try:
+        return type(base).model_validate({**base.model_dump(), **options})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "--" + str(first["loc"][0]).replace("_", "-")
+        raise typer.BadParameter(f"{name} is {first['input']}: {first['msg'].lower()}.") from None
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C is a wish that the answer ends; a second one is a KeyboardInterrupt."""
+    wishes: list[int] = []
+
+    def wish(signum: int, frame: object) -> None:
+        if wishes:
+            raise KeyboardInterrupt
+        wishes.append(signum)
+
+    before = signal.signal(signal.SIGINT, wish)
+    try:
+        yield lambda: bool(wishes)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _print_answer(talk: Talk, text: str) -> None:
+    for piece in talk.answer(text):
+        print(piece, end="", flush=True)
+    print(flush=True)
+    if not talk.quiet:
+        stats = talk.stats()
+        speed = f"{stats['tokens_per_second']} tokens/s, " if stats["tokens_per_second"] else ""
+        line = f"[{speed}{stats['tokens_fed']:,} tokens fed, state {megabytes(stats['state_bytes'])}]"
+        print(f"\033[2m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr)
+
+
+def _converse(talk: Talk, stack: contextlib.ExitStack) -> None:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.key_binding import KeyBindings
+
+    bindings = KeyBindings()
+    bindings.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    line: PromptSession[str] = PromptSession(history=_history(), key_bindings=bindings)
+    _greet(talk)
+    while True:
+        try:
+            text = line.prompt("> ").strip()
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            break
+        if text in ("/quit", "/exit"):
+            break
+        try:
+            if text.startswith("/"):
+                _command(talk, text, stack)
+            elif text:
+                _print_answer(talk, text)
+        except Gdn2EdgeError as error:
+            print(f"error: {error}", file=sys.stderr)
+    if talk.file is None and talk.session.position and not talk.quiet:
+        print("This session was not kept; /save FILE or --session FILE keeps one.", file=sys.stderr)
+
+
+def _history() -> Any:
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    folder = Path(typer.get_app_dir("gdn2-edge"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "history").touch(mode=0o600)
+        return FileHistory(folder / "history")
+    except OSError:
+        return InMemoryHistory()
+
+
+def _greet(talk: Talk) -> None:
+    if talk.quiet:
+        return
+    about = talk.session.tokenizer.config
+    print(about.description or UNKNOWN_MODEL)
+    if talk.session.position:
+        print(f"Going on at {talk.session.position:,} tokens; state {megabytes(talk.session.state_bytes)}.")
+    elif about.example_prompts:
+        print("Try: " + "  |  ".join(about.example_prompts))
+    print(f"{talk.session.runtime.name}. /help lists the commands.\n")
+
+
+def _command(talk: Talk, text: str, stack: contextlib.ExitStack) -> None:
+    from gdn2_edge.generate.session import Session, exclusive
+
+    name, _, argument = text.partition(" ")
+    argument = argument.strip()
+    match name:
+        case "/help":
+            print(HELP)
+        case "/save" if argument or talk.file:
+            file = Path(argument) if argument else talk.file
+            assert file is not None
+            if file != talk.file:
+                if file.exists():
+                    raise SessionError(f"{file} exists. Choose another name, or /load it.")
+                stack.enter_context(exclusive(file))
+            talk.session.save(file)
+            talk.file = file
+            print(f"{file}: {talk.session.position:,} tokens, state {megabytes(talk.session.state_bytes)}.")
+        case "/load" if argument:
+            if Path(argument) != talk.file:
+                stack.enter_context(exclusive(Path(argument)))
+            talk.session = Session.load(argument, talk.session.runtime, talk.session.tokenizer)
+            talk.file = Path(argument)
+            print(f"Going on at {talk.session.position:,} tokens.")
+        case "/undo" | "/reset":
+            talk.session.undo() if name == "/undo" else talk.session.reset()
+            if talk.file:
+                talk.session.save(talk.file)
+            print(f"{talk.session.position:,} tokens in memory." if talk.session.position else "The memory is empty.")
+        case "/stats":
+            for key, value in talk.stats().items():
+                print(f"{key.replace('_', ' '):18} {value}")
+        case "/save" | "/load":
+            raise SessionError(f"{name} needs a file name.")
+        case _:
+            raise SessionError(f"{name} is no command. /help lists them.")

@@ -1,0 +1,1 @@
+"""Text in, text out: the tokenizer and chat template, the loop that samples, conversations that last."""

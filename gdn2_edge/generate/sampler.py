@@ -1,0 +1,101 @@
+"""Choosing the next token from logits. Knows token ids and positions; no text, no model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from gdn2_edge.errors import BackendError
+
+
+class Sampling(BaseModel):
+    """How to choose. Filters apply in the order of the fields; `temperature` 0 is greedy and needs no seed.
+
+    Args:
+        repetition_penalty: divides the positive logits of recently chosen tokens and multiplies negative ones.
+            Above 1.1 a model no longer copies a number with a repeated digit.
+        repetition_window: how many chosen tokens are recent.
+        temperature: divides the logits.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the most likely tokens whose probabilities reach p together.
+        min_p: drop tokens less likely than min_p times the most likely one.
+        seed: with the position, all that the choice depends on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    repetition_penalty: Annotated[float, Field(ge=1, le=2)] = 1.0
+    repetition_window: Annotated[int, Field(ge=0, le=4096)] = 64
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 40
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class Sampler:
+    """`Sampling` with the recently chosen tokens of each sequence: `recent` [B, window] int64, -1 where none.
+
+    Greedy ties go to the lowest id. Noise is a function of (seed, row, position) alone, so a conversation that is
+    continued from a file draws what it would have drawn.
+    """
+
+    def __init__(self, sampling: Sampling, batch: int = 1, recent: Tensor | None = None) -> None:
+        self.sampling = sampling
+        window = sampling.repetition_window
+        self.recent = torch.full((batch, window), -1, dtype=torch.int64)
+        if recent is not None and window:
+            kept = recent[:, -window:]
+            self.recent[:, window - kept.shape[1] :] = kept
+
+    def __call__(self, logits: Tensor, position: Tensor) -> Tensor:
+        """logits [B, V] fp32, position [B] (tokens fed so far) -> tokens [B] int64.
+
+        Raises:
+            BackendError: the logits are not finite, as with damaged weights.
+        """
+        if not torch.isfinite(logits.amax(-1)).all():
+            raise BackendError("The model's logits are not finite: its weights are damaged or hold NaN.")
+        scores = self._penalised(logits)
+        token = scores.argmax(-1) if self.sampling.temperature == 0 else self._draw(scores, position)
+        if self.sampling.repetition_window:
+            self.recent = torch.cat([self.recent[:, 1:], token.cpu()[:, None]], 1)
+        return token
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        if self.sampling.repetition_penalty == 1 or not self.sampling.repetition_window:
+            return logits
+        recent = self.recent.to(logits.device)
+        ids = torch.where(recent >= 0, recent, logits.argmin(-1, keepdim=True))
+        scores, penalty = logits.gather(1, ids), self.sampling.repetition_penalty
+        return logits.scatter(1, ids, torch.where(scores > 0, scores / penalty, scores * penalty))
+
+    def _draw(self, scores: Tensor, position: Tensor) -> Tensor:
+        s = self.sampling
+        kept = min(s.top_k or scores.shape[-1], scores.shape[-1])
+        values, ids = torch.sort(scores / s.temperature, dim=-1, descending=True, stable=True)
+        probabilities = torch.softmax(values[:, :kept], -1)
+        before = probabilities.cumsum(-1) - probabilities
+        dropped = (before >= s.top_p) | (probabilities < s.min_p * probabilities[:, :1])
+        cumulative = probabilities.masked_fill(dropped, 0).double().cumsum(-1)
+        uniform = [_uniform(s.seed, row, int(p)) for row, p in enumerate(position.tolist())]
+        target = torch.tensor(uniform, dtype=torch.float64, device=scores.device) * cumulative[:, -1]
+        choice = torch.searchsorted(cumulative, target[:, None], right=True).clamp_(max=kept - 1)
+        return ids.gather(1, choice)[:, 0]
+
+
+_MASK = (1 << 64) - 1
+
+
+def _uniform(seed: int, row: int, position: int) -> float:
+    """A number in [0, 1) from three integers, by the finalizer of splitmix64."""
+    state = 0
+    for word in (seed, row, position):
+        state = (state + word + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return (state >> 11) / (1 << 53)

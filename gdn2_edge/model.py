@@ -1,0 +1,211 @@
+"""`Model`: the torch runtime. Weights of a checkpoint on a device, and the calls that feed tokens to a state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gdn2_edge.checkpoint.reader import Checkpoint, open_checkpoint
+from gdn2_edge.errors import BackendError
+from gdn2_edge.forward import forward, head
+from gdn2_edge.kernels.linear import prepare
+from gdn2_edge.ops import AttentionLayer, Gdn2Layer, Layer, Mlp, ModelWeights
+from gdn2_edge.runtime import Runtime, Sample
+from gdn2_edge.spec import ModelSpec
+from gdn2_edge.state import State, check_state, initial_state
+from gdn2_edge.torch_ops import TorchOps
+from gdn2_edge.weights import Dense, Fp8, Int4, Int8, Joined, Weight, join, num_bytes
+
+# Longer prompts go through the layers in pieces of this many tokens, which bounds the memory of the activations.
+PREFILL_TOKENS = 1024
+
+
+class Model(Runtime):
+    """A GDN-2 model on torch. Made by `load`; see `Runtime` for the calls that every runtime has."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: ModelWeights,
+        device: torch.device,
+        dtype: torch.dtype,
+        fingerprint: str = "",
+        path: Path = Path(),
+    ) -> None:
+        self.spec = spec
+        self.weights = weights
+        self.fingerprint = fingerprint
+        self.path = path
+        self.device = device
+        self.ops = TorchOps(dtype)
+        self.name = f"torch {torch.__version__} on {device}, {str(dtype)[6:]} activations"
+
+    def initial_state(self, batch: int = 1) -> State[Tensor]:
+        return initial_state(self.spec, batch, self.device)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, state: State[Tensor] | None = None) -> tuple[Tensor, State[Tensor]]:
+        """Logits of every token.
+
+        Args:
+            tokens: [B, T] int64 ids.
+            state: what came before; None for the beginning. It is consumed.
+        Returns:
+            logits [B, T, vocab_size] fp32, and the state after the last token.
+        """
+        tokens = self._checked(tokens)
+        state = self.initial_state(tokens.shape[0]) if state is None else state
+        logits = []
+        for piece in tokens.split(PREFILL_TOKENS, 1):
+            x, state = forward(self.ops, self.spec, self.weights, piece, state)
+            logits.append(head(self.ops, self.spec, self.weights, x).float())
+        return torch.cat(logits, 1), state
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
+        for piece in self._checked(tokens).split(PREFILL_TOKENS, 1):
+            x, state = forward(self.ops, self.spec, self.weights, piece, state)
+        return head(self.ops, self.spec, self.weights, x[:, -1:])[:, 0].float(), state
+
+    def step(self, token: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
+        return self.prefill(token[:, None], state)
+
+    def generate_step(self, token: Tensor, state: State[Tensor], sampling: Sample) -> tuple[Tensor, State[Tensor]]:
+        logits, state = self.step(token, state)
+        return sampling(logits, state.position), state
+
+    @torch.inference_mode()
+    def clone(self, state: State[Tensor]) -> State[Tensor]:
+        return check_state(self.spec, {name: t.clone() for name, t in state.named().items()}, "state")
+
+    def export_state(self, state: State[Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to("cpu", copy=True) for name, tensor in state.named().items()}
+
+    @torch.inference_mode()
+    def import_state(self, tensors: dict[str, Tensor]) -> State[Tensor]:
+        check_state(self.spec, tensors, "state")
+        return check_state(self.spec, {name: t.to(self.device, copy=True) for name, t in tensors.items()}, "state")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of memory that the weights take."""
+        return sum(num_bytes(weight) for weight in _leaves(self.weights))
+
+    def _checked(self, tokens: Tensor) -> Tensor:
+        if tokens.ndim != 2 or tokens.shape[1] < 1 or tokens.dtype != torch.int64:
+            raise BackendError(f"tokens are {tuple(tokens.shape)} {tokens.dtype}, expected int64 [B, T] with T >= 1.")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.spec.vocab_size:
+            raise BackendError(f"token ids {low}..{high} are outside the vocabulary 0..{self.spec.vocab_size - 1}.")
+        return tokens.to(self.device)
+
+
+def load_model(path: Path, device: str = "auto", dtype: torch.dtype | None = None) -> Model:
+    """Read a checkpoint folder into a `Model`.
+
+    Args:
+        path: a folder that `gdn2-edge convert` or `quantize` made, or anything else `open_checkpoint` opens.
+        device: "cpu", "cuda", "cuda:N", or "auto" (a GPU if there is one).
+        dtype: of the activations; None is fp32 on a CPU and bf16 on a GPU. Weights stay as they are stored.
+    Raises:
+        CheckpointError, SpecError: the checkpoint does not fit together.
+        BackendError: the device is not there.
+    """
+    where = pick_device(device)
+    checkpoint = open_checkpoint(path)
+    if dtype is None:
+        dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
+    return Model(checkpoint.spec, _read_weights(checkpoint, where), where, dtype, checkpoint.fingerprint, path)
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device for a name; "auto" is a GPU if there is one.
+
+    Raises:
+        BackendError: no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise BackendError(f"device {device!r} is unknown, expected auto, cpu, cuda or cuda:N.") from None
+    if found.type not in ("cpu", "cuda"):
+        raise BackendError(f"device {device!r} is not supported, expected auto, cpu, cuda or cuda:N.")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise BackendError(
+            f"device {device!r} is not here: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA GPUs. "
+            "Use --device cpu, or install a CUDA build of torch."
+        )
+    return found
+
+
+def _read_weights(checkpoint: Checkpoint, device: torch.device) -> ModelWeights:
+    """Every weight on the device, in memory of its own: the file may change or go while the model runs."""
+
+    def get(*names: str) -> Weight:
+        weights = [checkpoint.weight(name) for name in names]
+        return _moved(join(names[0] if len(names) == 1 else "+".join(names), weights), device, weights)
+
+    def product(*names: str) -> Weight:
+        return prepare(get(*names))
+
+    def vector(*names: str) -> Weight:
+        weight = get(*names)
+        return Dense(weight.name, weight.rows(slice(None)))
+
+    def layer(i: int, kind: str) -> Layer:
+        own = f"layers.{i}."
+        mlp = Mlp(
+            vector(own + "norm_2.weight"),
+            product(own + "w1.weight", own + "w2.weight"),
+            product(own + "w3.weight"),
+        )
+        norm, o_proj = vector(own + "norm_1.weight"), product(own + "o_proj.weight")
+        inputs = [own + f"{name}_proj.weight" for name in "qkv"]
+        if kind == "sliding_attention":
+            return AttentionLayer(norm, product(*inputs), o_proj, mlp)
+        inputs += [own + name for name in ("b_proj.weight", "w_proj.weight", "f_proj.0.weight", "g_proj.0.weight")]
+        return Gdn2Layer(
+            norm=norm,
+            in_proj=product(*inputs),
+            conv=vector(*(own + f"{name}_conv1d.weight" for name in "qkv")),
+            f_proj=product(own + "f_proj.1.weight"),
+            g_proj=product(own + "g_proj.1.weight"),
+            g_bias=vector(own + "g_proj.1.bias"),
+            A_log=vector(own + "A_log"),
+            dt_bias=vector(own + "dt_bias"),
+            o_norm=vector(own + "o_norm.weight"),
+            o_proj=o_proj,
+            mlp=mlp,
+        )
+
+    return ModelWeights(
+        embed=get("embed.weight"),
+        layers=tuple(layer(i, kind) for i, kind in enumerate(checkpoint.spec.layer_types)),
+        ln_f=vector("ln_f.weight"),
+        lm_head=product("lm_head.weight"),
+    )
+
+
+def _moved(weight: Weight, device: torch.device, in_file: list[Weight]) -> Weight:
+    """The weight on a device; those that still lie in their file are copied."""
+    copy = any(weight is one for one in in_file)
+    match weight:
+        case Dense(name, data):
+            return Dense(name, data.to(device, copy=copy))
+        case Int8(name, data, scale) | Fp8(name, data, scale) | Int4(name, data, scale):
+            return type(weight)(name, data.to(device, copy=copy), scale.to(device, copy=copy))
+        case Joined(name, parts):
+            return Joined(name, tuple(_moved(part, device, in_file) for part in parts))
+    raise TypeError(f"{type(weight).__name__} is not a stored layout")
+
+
+def _leaves(weights: ModelWeights) -> list[Weight]:
+    leaves = [weights.embed, weights.ln_f, weights.lm_head]
+    for layer in weights.layers:
+        fields = {**vars(layer), **vars(layer.mlp)}
+        leaves += [weight for name, weight in fields.items() if name != "mlp"]
+    return leaves

@@ -1,0 +1,62 @@
+"""What every runtime can do with a state. Sessions, chat and evaluation see nothing but this."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from gdn2_edge.spec import ModelSpec
+from gdn2_edge.state import State
+
+
+class Sample(Protocol):
+    """How the next token is chosen: logits [B, V] fp32 and positions [B] -> tokens [B] int64."""
+
+    def __call__(self, logits: Tensor, position: Tensor) -> Tensor: ...
+
+
+class Runtime(ABC):
+    """A model that is ready to run. **A call consumes its state**: `clone` first to keep it.
+
+    Attributes:
+        spec: sizes of the model.
+        fingerprint: sha256 of its weights and spec; a session belongs to one fingerprint.
+        name: what runs it, for people.
+        path: the folder it was loaded from, with its tokenizer.
+    """
+
+    spec: ModelSpec
+    fingerprint: str
+    name: str
+    path: Path
+
+    @abstractmethod
+    def initial_state(self, batch: int = 1) -> State[Tensor]:
+        """The state of `batch` sequences before their first token."""
+
+    @abstractmethod
+    def prefill(self, tokens: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
+        """Feed tokens [B, T] (equal lengths): logits after the last one [B, V] fp32, and the new state."""
+
+    @abstractmethod
+    def step(self, token: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
+        """Feed one token [B] to each sequence: logits [B, V] fp32, and the new state."""
+
+    @abstractmethod
+    def generate_step(self, token: Tensor, state: State[Tensor], sampling: Sample) -> tuple[Tensor, State[Tensor]]:
+        """Feed one token [B] and choose the next: tokens [B], and the new state."""
+
+    @abstractmethod
+    def clone(self, state: State[Tensor]) -> State[Tensor]:
+        """An independent copy."""
+
+    @abstractmethod
+    def export_state(self, state: State[Tensor]) -> dict[str, Tensor]:
+        """The state as named CPU tensors, see `ModelSpec.state_shapes`."""
+
+    @abstractmethod
+    def import_state(self, tensors: dict[str, Tensor]) -> State[Tensor]:
+        """The inverse of `export_state`; raises SessionError where a tensor does not fit."""

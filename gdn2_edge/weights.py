@@ -1,0 +1,236 @@
+"""Weights as data: one small class a storage layout, each able to give its exact values in fp32.
+
+A matrix is [out_features, in_features]. The tensor names and shapes are those of compressed-tensors
+(https://github.com/vllm-project/compressed-tensors), so that safetensors and numpy are enough to read a file.
+The classes know no model and do no products; `gdn2_edge.kernels.linear` multiplies with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gdn2_edge.errors import CheckpointError
+
+FP8_MAX = 448.0
+NIBBLES_PER_INT32 = 8
+
+
+class Weight(Protocol):
+    """What every layout offers. `name` is the canonical name of the tensor, or of the joined rows."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def rows(self, index: Tensor | slice) -> Tensor:
+        """The exact values of some rows, fp32 [..., in_features]."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Stored suffix -> tensor, as a checkpoint holds them."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """fp32, bf16 or fp16 values as they are; vectors and convolution filters too."""
+
+    name: str
+    data: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        return self.data[index].float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"": self.data}
+
+
+@dataclass(frozen=True)
+class Int8:
+    """value = data * scale; data int8 [O, I] in -127..127, scale fp32 [O, 1]."""
+
+    name: str
+    data: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        return self.data[index].float() * self.scale[index]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"": self.data, "_scale": self.scale}
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """value = data * scale; data float8_e4m3fn [O, I], scale fp32 [O, 1]."""
+
+    name: str
+    data: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        return fp8_values(self.data.view(torch.uint8)[index]) * self.scale[index]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"": self.data, "_scale": self.scale}
+
+
+@dataclass(frozen=True)
+class Int4:
+    """value = (code - 8) * scale of its group; eight 4-bit codes an int32, lowest bits first.
+
+    data int32 [O, I / 8]; scale bf16 [O, I / group_size].
+    """
+
+    name: str
+    data: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.data.shape[0], self.data.shape[1] * NIBBLES_PER_INT32)
+
+    @property
+    def group_size(self) -> int:
+        return self.shape[1] // self.scale.shape[1]
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        codes = unpack_int4(self.data[index])
+        scale = self.scale[index].float().repeat_interleave(self.group_size, -1)
+        return codes.float().mul_(scale)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"_packed": self.data, "_scale": self.scale, "_shape": torch.tensor(self.shape)}
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Rows that are read together, one matrix under another; the parts may have different layouts."""
+
+    name: str
+    parts: tuple[Weight, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(part.shape[0] for part in self.parts), self.parts[0].shape[1])
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        return torch.cat([part.rows(slice(None)) for part in self.parts])[index]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+
+def join(name: str, parts: Sequence[Weight]) -> Weight:
+    """One weight with the rows of all `parts`; one buffer for each run of parts with the same layout."""
+    merged: list[Weight] = []
+    run: list[Weight] = []
+    for part in parts:
+        if run and _layout(part) != _layout(run[0]):
+            merged.append(_stack(name, run))
+            run = []
+        run.append(part)
+    merged.append(_stack(name, run))
+    return merged[0] if len(merged) == 1 else Joined(name, tuple(merged))
+
+
+def _layout(weight: Weight) -> tuple[object, ...]:
+    return (type(weight), *((t.dtype, t.shape[1:]) for t in weight.tensors().values()))
+
+
+def _stack(name: str, run: Sequence[Weight]) -> Weight:
+    first = run[0]
+    if len(run) == 1:
+        return first
+    if isinstance(first, Dense):
+        return Dense(name, torch.cat([w.data for w in run if isinstance(w, Dense)]))
+    for layout in (Int8, Fp8, Int4):
+        if isinstance(first, layout):
+            same = [w for w in run if isinstance(w, layout)]
+            return layout(name, torch.cat([w.data for w in same]), torch.cat([w.scale for w in same]))
+    return Joined(name, tuple(run))
+
+
+def num_bytes(weight: Weight) -> int:
+    """Bytes of memory the weight's own tensors take."""
+    parts = weight.parts if isinstance(weight, Joined) else (weight,)
+    return sum(tensor.nbytes for part in parts for tensor in part.tensors().values())
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Codes -8..7 [O, I] (any integer dtype, I a multiple of 8) -> int32 [O, I / 8]."""
+    unsigned = (codes.to(torch.int16) + 8).to(torch.uint8)
+    pairs = unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
+    return pairs.contiguous().view(torch.int32)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The inverse of `pack_int4`: int32 [..., I / 8] -> int8 [..., I]."""
+    pairs = packed.contiguous().view(torch.uint8)
+    low, high = pairs & 15, pairs >> 4
+    return torch.stack([low, high], -1).flatten(-2).to(torch.int8) - 8
+
+
+def fp8_values(codes: Tensor) -> Tensor:
+    """Exact fp32 values of e4m3 bytes (uint8, any shape).
+
+    The sign and the seven other bits, shifted into fp16's places, read as value / 256; subnormals included. The
+    two NaN codes read as +-480, so a writer must not store them. Far faster than `.to(float32)` on a CPU.
+    """
+    bits = codes.view(torch.int8).to(torch.int16)
+    bits.bitwise_left_shift_(7).bitwise_and_(-0x4001)
+    return bits.view(torch.float16).to(torch.float32).mul_(256.0)
+
+
+def weight_from_tensors(name: str, stored: Mapping[str, Tensor], shape: tuple[int, ...]) -> Weight:
+    """The weight `name` from its stored tensors (by suffix, see `Weight.tensors`).
+
+    Raises:
+        CheckpointError: the suffixes, dtypes or shapes are not those of a known layout of a tensor of `shape`.
+    """
+    match sorted(stored):
+        case [""] if stored[""].dtype in (torch.float32, torch.bfloat16, torch.float16):
+            weight: Weight = Dense(name, stored[""])
+        case ["", "_scale"] if stored[""].dtype == torch.int8:
+            weight = Int8(name, stored[""], _scale(name, stored, (shape[0], 1), torch.float32))
+        case ["", "_scale"] if stored[""].dtype == torch.float8_e4m3fn:
+            weight = Fp8(name, stored[""], _scale(name, stored, (shape[0], 1), torch.float32))
+        case ["_packed", "_scale", "_shape"] if stored["_packed"].dtype == torch.int32:
+            groups = stored["_scale"].shape[-1] if stored["_scale"].ndim == 2 else 0
+            if groups < 1 or shape[-1] % groups:
+                raise CheckpointError(
+                    f"{name}_scale is {tuple(stored['_scale'].shape)}, which does not divide {shape}."
+                )
+            weight = Int4(name, stored["_packed"], _scale(name, stored, (shape[0], groups), torch.bfloat16))
+            if stored["_shape"].tolist() != list(shape):
+                raise CheckpointError(f"{name}_shape says {stored['_shape'].tolist()}, the spec says {list(shape)}.")
+        case _:
+            found = ", ".join(f"{name}{suffix} {str(t.dtype)[6:]}" for suffix, t in sorted(stored.items()))
+            raise CheckpointError(f"{found or name} is not a known weight format (fp32, bf16, fp16, int8, fp8, int4).")
+    if weight.shape != shape:
+        raise CheckpointError(f"{name} is {weight.shape}, the spec says {shape}.")
+    return weight
+
+
+def _scale(name: str, stored: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    scale = stored["_scale"]
+    if tuple(scale.shape) != shape or scale.dtype != dtype:
+        raise CheckpointError(f"{name}_scale is {tuple(scale.shape)} {scale.dtype}, expected {shape} {dtype}.")
+    if not torch.isfinite(scale).all():
+        raise CheckpointError(f"{name}_scale holds values that are not finite.")
+    return scale

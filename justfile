@@ -1,0 +1,46 @@
+# `just` alone lists these. All use the .venv that `just setup` makes.
+set positional-arguments
+
+bin := if os() == "windows" { ".venv/Scripts" } else { ".venv/bin" }
+
+_list:
+    @just --list --unsorted
+
+# make .venv with everything a developer needs, and install the pre-commit hooks
+setup:
+    sh -euc 'root=$PWD; . scripts/common.sh; prepare test dev; "$bin/pre-commit" install'
+
+# ruff, import layers, size of the tree
+lint:
+    {{bin}}/ruff check .
+    {{bin}}/ruff format --check .
+    {{bin}}/lint-imports
+    {{bin}}/python scripts/tree-size
+
+# mypy, strict
+type:
+    {{bin}}/mypy
+
+# the tests that CI runs
+test *ARGS:
+    sh scripts/test "$@"
+
+# those that take minutes or gigabytes
+test-slow *ARGS:
+    sh scripts/test -m slow "$@"
+
+# those that need an NVIDIA GPU
+test-gpu *ARGS:
+    sh scripts/test -m gpu "$@"
+
+# only the comparisons with outputs of other implementations
+golden *ARGS:
+    sh scripts/test -k golden "$@"
+
+# benchmarks; each appends its record to benchmarks/results
+bench *ARGS:
+    {{bin}}/python benchmarks/run.py "$@"
+
+# quantize the default model and chat with it
+demo *ARGS:
+    sh scripts/demo "$@"
