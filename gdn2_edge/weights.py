@@ -197,40 +197,62 @@ def fp8_values(codes: Tensor) -> Tensor:
     return bits.view(torch.float16).to(torch.float32).mul_(256.0)
 
 
-def weight_from_tensors(name: str, stored: Mapping[str, Tensor], shape: tuple[int, ...]) -> Weight:
-    """The weight `name` from its stored tensors (by suffix, see `Weight.tensors`).
+class Stored(Protocol):
+    """The dtype and shape of a stored tensor: the tensor itself, or what a header says of it."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def layout_of(
+    name: str, stored: Mapping[str, Stored], shape: tuple[int, ...]
+) -> type[Dense] | type[Int8] | type[Fp8] | type[Int4]:
+    """The class that holds a tensor of `shape` whose stored tensors (by suffix) are these; no value is read.
 
     Raises:
         CheckpointError: the suffixes, dtypes or shapes are not those of a known layout of a tensor of `shape`.
     """
-    match sorted(stored):
-        case [""] if stored[""].dtype in (torch.float32, torch.bfloat16, torch.float16):
-            weight: Weight = Dense(name, stored[""])
-        case ["", "_scale"] if stored[""].dtype == torch.int8:
-            weight = Int8(name, stored[""], _scale(name, stored, (shape[0], 1), torch.float32))
-        case ["", "_scale"] if stored[""].dtype == torch.float8_e4m3fn:
-            weight = Fp8(name, stored[""], _scale(name, stored, (shape[0], 1), torch.float32))
-        case ["_packed", "_scale", "_shape"] if stored["_packed"].dtype == torch.int32:
-            groups = stored["_scale"].shape[-1] if stored["_scale"].ndim == 2 else 0
-            if groups < 1 or shape[-1] % groups:
-                raise CheckpointError(
-                    f"{name}_scale is {tuple(stored['_scale'].shape)}, which does not divide {shape}."
-                )
-            weight = Int4(name, stored["_packed"], _scale(name, stored, (shape[0], groups), torch.bfloat16))
-            if stored["_shape"].tolist() != list(shape):
-                raise CheckpointError(f"{name}_shape says {stored['_shape'].tolist()}, the spec says {list(shape)}.")
-        case _:
-            found = ", ".join(f"{name}{suffix} {str(t.dtype)[6:]}" for suffix, t in sorted(stored.items()))
-            raise CheckpointError(f"{found or name} is not a known weight format (fp32, bf16, fp16, int8, fp8, int4).")
-    if weight.shape != shape:
-        raise CheckpointError(f"{name} is {weight.shape}, the spec says {shape}.")
-    return weight
+    dtypes = {suffix: tensor.dtype for suffix, tensor in sorted(stored.items())}
+    if len(dtypes) > 1 and len(shape) != 2:
+        raise CheckpointError(f"{name} is quantized, but {shape} is no matrix; vectors and filters stay as they are.")
+    layout: type[Dense] | type[Int8] | type[Fp8] | type[Int4]
+    expected = {"": shape, "_scale": (shape[0], 1)}
+    if list(dtypes) == [""] and dtypes[""] in (torch.float32, torch.bfloat16, torch.float16):
+        layout = Dense
+    elif dtypes == {"": torch.int8, "_scale": torch.float32}:
+        layout = Int8
+    elif dtypes == {"": torch.float8_e4m3fn, "_scale": torch.float32}:
+        layout = Fp8
+    elif dtypes == {"_packed": torch.int32, "_scale": torch.bfloat16, "_shape": torch.int64}:
+        layout = Int4
+        scale = tuple(stored["_scale"].shape)
+        if len(scale) != 2 or scale[1] < 1 or shape[1] % (scale[1] * NIBBLES_PER_INT32):
+            raise CheckpointError(f"{name}_scale is {scale}, which makes no groups of {shape}.")
+        expected = {"_packed": (shape[0], shape[1] // NIBBLES_PER_INT32), "_scale": (shape[0], scale[1]), "_shape": (2,)}
+    else:
+        found = ", ".join(f"{name}{suffix} {str(dtype)[6:]}" for suffix, dtype in dtypes.items())
+        raise CheckpointError(f"{found or name} is not a known weight format (fp32, bf16, fp16, int8, fp8, int4).")
+    for suffix, tensor in stored.items():
+        if tuple(tensor.shape) != expected[suffix]:
+            raise CheckpointError(
+                f"{name}{suffix} is {tuple(tensor.shape)}, the spec says {expected[suffix]}. Was a size changed?"
+            )
+    return layout
 
 
-def _scale(name: str, stored: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    scale = stored["_scale"]
-    if tuple(scale.shape) != shape or scale.dtype != dtype:
-        raise CheckpointError(f"{name}_scale is {tuple(scale.shape)} {scale.dtype}, expected {shape} {dtype}.")
-    if not torch.isfinite(scale).all():
+def weight_from_tensors(name: str, stored: Mapping[str, Tensor], shape: tuple[int, ...]) -> Weight:
+    """The weight `name` from its stored tensors (by suffix, see `Weight.tensors`).
+
+    Raises:
+        CheckpointError: see `layout_of`; or a scale is not finite, or the tensors are packed from another shape.
+    """
+    layout = layout_of(name, stored, shape)
+    if issubclass(layout, Dense):
+        return Dense(name, stored[""])
+    if not torch.isfinite(stored["_scale"]).all():
         raise CheckpointError(f"{name}_scale holds values that are not finite.")
-    return scale
+    if layout is Int4 and stored["_shape"].tolist() != list(shape):
+        raise CheckpointError(f"{name}_shape says {stored['_shape'].tolist()}, the spec says {list(shape)}.")
+    return layout(name, stored["_packed" if layout is Int4 else ""], stored["_scale"])

@@ -1,4 +1,4 @@
-"""What holds for every test: two threads, NaN in memory nobody wrote, GPU tests skipped without one."""
+"""What holds for every test: one thread, NaN in memory nobody wrote, GPU tests skipped without one."""
 
 import os
 
@@ -8,7 +8,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
-torch.set_num_threads(2)
+from gdn2_edge.loading import model_path
+from gdn2_edge.model import Model, load_model
+
+# More threads than free cores wait for each other: on a busy machine of two cores, two threads were 30 times slower
+# than one. The models of the tests are small.
+torch.set_num_threads(1)
 # In deterministic mode torch fills what torch.empty returns with NaN (integers: the largest value), so that a
 # result that reads memory nobody wrote is wrong every time, not now and then.
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -22,3 +27,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Model:
+    """The default model, once."""
+    return load_model(model_path("tiny"), "cpu")

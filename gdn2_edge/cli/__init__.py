@@ -48,27 +48,18 @@ def options(
 
 
 def main() -> NoReturn:
-    """Run the command line: exit code 1 and one sentence for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    """Run the command line: exit code 1 and one sentence for an error, 2 for wrong usage, 130 for Ctrl-C in long work."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        code = app(standalone_mode=False)
-    except typer.Abort:
-        sys.exit(130)
+        app()
     except Exception as error:
         sys.exit(_report(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(0)
 
 
 def _report(error: Exception) -> int:
-    import click
-
-    if isinstance(error, click.ClickException):
-        error.show()
-        return error.exit_code
     if _debug:
         traceback.print_exception(error)
     if isinstance(error, BrokenPipeError):

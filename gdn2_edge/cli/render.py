@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -60,4 +61,4 @@ def resumable(command: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print(f"\nStopped. What is finished is kept: run the same {command} again to go on.", file=sys.stderr)
-        raise
+        raise typer.Exit(130) from None

@@ -68,19 +68,21 @@ class Sampler:
     def _penalised(self, logits: Tensor) -> Tensor:
         if self.sampling.repetition_penalty == 1 or not self.sampling.repetition_window:
             return logits
-        recent = self.recent.to(logits.device)
-        ids = torch.where(recent >= 0, recent, logits.argmin(-1, keepdim=True))
-        scores, penalty = logits.gather(1, ids), self.sampling.repetition_penalty
-        return logits.scatter(1, ids, torch.where(scores > 0, scores / penalty, scores * penalty))
+        recent, penalty = self.recent.to(logits.device), self.sampling.repetition_penalty
+        batch, vocab = logits.shape
+        ids = torch.where(recent >= 0, recent, vocab)  # one column more, for none
+        chosen = logits.new_zeros(batch, vocab + 1, dtype=torch.bool).scatter(1, ids, True)[:, :-1]
+        return torch.where(chosen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
     def _draw(self, scores: Tensor, position: Tensor) -> Tensor:
         s = self.sampling
         kept = min(s.top_k or scores.shape[-1], scores.shape[-1])
-        values, ids = torch.sort(scores / s.temperature, dim=-1, descending=True, stable=True)
-        probabilities = torch.softmax(values[:, :kept], -1)
+        values, ids = torch.sort(scores, dim=-1, descending=True, stable=True)
+        # In fp64, and from 0 downwards: no temperature overflows, and top_p = 1 keeps the tail of a large vocabulary.
+        probabilities = torch.softmax((values - values[:, :1])[:, :kept].double() / s.temperature, -1)
         before = probabilities.cumsum(-1) - probabilities
         dropped = (before >= s.top_p) | (probabilities < s.min_p * probabilities[:, :1])
-        cumulative = probabilities.masked_fill(dropped, 0).double().cumsum(-1)
+        cumulative = probabilities.masked_fill(dropped, 0).cumsum(-1)
         uniform = [_uniform(s.seed, row, int(p)) for row, p in enumerate(position.tolist())]
         target = torch.tensor(uniform, dtype=torch.float64, device=scores.device) * cumulative[:, -1]
         choice = torch.searchsorted(cumulative, target[:, None], right=True).clamp_(max=kept - 1)

@@ -8,7 +8,7 @@ saturates its 16-bit sums and is wrong, so the trial uses the largest codes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -18,6 +18,9 @@ from gdn2_edge.weights import Int4, Int8, unpack_int4
 
 # Above this many rows torch's bf16 x int8 product loses to expanding the weight a tile at a time.
 INT8PACK_MAX_ROWS = 8
+# Where this does not divide in_features, torch 2.13's bf16 x int8 product reads beyond its rows and crashes, and
+# `_int_mm` misreads a matrix of one column.
+INT8_IN_FEATURES_MULTIPLE = 16
 
 
 def _private(name: str) -> Callable[..., Tensor]:
@@ -38,6 +41,8 @@ def int8_product(x: Tensor, weight: Int8) -> Tensor | None:
     Returns:
         [M, out_features] fp32.
     """
+    if x.shape[1] % INT8_IN_FEATURES_MULTIPLE:
+        return None
     if has_int_mm():
         x = x.float()
         step = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30) / 32_512  # 127 * 256: both halves fit in int8
@@ -95,7 +100,10 @@ class Int4Blocked:
         return self.shape[1] // self.scale_and_zero.shape[0]
 
     def rows(self, index: Tensor | slice) -> Tensor:
-        return int4_product(torch.eye(self.shape[1]), self).t()[index]
+        one_and_zero = torch.tensor([1.0, 0.0], dtype=torch.bfloat16).expand_as(self.scale_and_zero).contiguous()
+        codes = int4_product(torch.eye(self.shape[1]), replace(self, scale_and_zero=one_and_zero)).t()
+        scale = self.scale_and_zero[..., 0].t().float().repeat_interleave(self.group_size, -1)
+        return (codes * scale)[index]
 
     def tensors(self) -> dict[str, Tensor]:
         return {"_blocked": self.data, "_scale_and_zero": self.scale_and_zero}

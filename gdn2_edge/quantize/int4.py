@@ -20,7 +20,7 @@ def encode_int4(name: str, values: Tensor, group_size: int) -> Int4:
     largest = groups.abs().amax(-1) / 7
     largest = torch.where(largest > 0, largest, 1.0)
     best_error = torch.full_like(largest, torch.inf)
-    best_scale = torch.ones_like(largest)
+    best_scale = largest
     for fraction in CLIP_FRACTIONS:
         scale = (largest * fraction).bfloat16().float()
         rounded = _codes(groups, scale).mul_(scale.unsqueeze(-1))

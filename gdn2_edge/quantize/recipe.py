@@ -115,5 +115,6 @@ def _planned(recipe: Recipe, name: str, shape: tuple[int, ...]) -> Planned:
     group = next((g for g in GROUP_SIZES if g <= recipe.group_size and shape[1] % g == 0), 0)
     if not group:
         return Planned(name, shape, "int8", 0, f"int8: no group of 32 or more divides {shape[1]}")
-    note = "" if group == recipe.group_size else f"group {group}: {recipe.group_size} does not divide {shape[1]}"
+    if group != recipe.group_size:
+        note = f"group {group}: {recipe.group_size} does not divide {shape[1]}"
     return Planned(name, shape, "int4", group, note)
