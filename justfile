@@ -37,9 +37,9 @@ test-gpu *ARGS:
 golden *ARGS:
     sh scripts/test -k golden "$@"
 
-# benchmarks; each appends its record to benchmarks/results
-bench *ARGS:
-    {{bin}}/python benchmarks/run.py "$@"
+# a benchmark by name, as in: just bench recall --record
+bench NAME *ARGS:
+    shift; {{bin}}/python "benchmarks/{{NAME}}.py" "$@"
 
 # quantize the default model and chat with it
 demo *ARGS:

@@ -2,8 +2,8 @@
 
     python benchmarks/cpu_decode.py [--model tiny | --random gdn2_1.3B] [--record]
 
-Correctness first: each format's products must agree with its own values in fp32, to what bf16 rounds away. Then the formats take
-turns, a few tokens each, so that a slow minute of the machine meets them all. bf16 is timed with bf16 activations,
+Correctness first: each format's products must agree with its own values in fp64, to what bf16 rounds away. Then the
+formats take turns, a few tokens each, so that a slow minute of the machine meets them all. bf16 is timed with bf16 activations,
 its fastest way, and with fp32 activations, its exact way.
 """
 
@@ -30,6 +30,7 @@ PRODUCT_TOLERANCE = 6e-3  # bf16 rounds x and the result by up to 2^-9 each
 
 
 def main() -> int:
+    """Parse, run, report."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--random", metavar="NAME", help="random weights of a published size, instead of a model")

@@ -115,8 +115,10 @@ def _job(checkpoint: Checkpoint, name: str, dtype: str | None) -> Job:
         weight = checkpoint.weight(name)
         if not isinstance(weight, Dense):
             raise CheckpointError(f"{name} is quantized.")
+        check_finite(name, weight.data)
         data = weight.data.to(wanted)
-        check_finite(name, data)
+        if data is not weight.data:
+            check_finite(name, data, f"It has larger ones than {dtype} can hold; give --dtype bf16 or fp32.")
         return {name: data}
 
     return Job(name, {name: TensorInfo(wanted, checkpoint.spec.tensor_shapes()[name])}, make)
@@ -133,7 +135,7 @@ def _text_files(tokenizer: str | Path | None, chat_template: str | Path | None) 
             if "chat_template.jinja" not in files and (path / "tokenizer_config.json").exists():
                 template = read_json(path / "tokenizer_config.json").get("chat_template")
                 if isinstance(template, str):
-                    files["chat_template.jinja"] = template.encode()
+                    files["chat_template.jinja"] = template.encode(errors="surrogatepass")
             if "tokenizer.json" in files:
                 path = path / "tokenizer.json"
             elif (path / "tokenizer.model").is_file():

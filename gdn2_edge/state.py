@@ -16,6 +16,8 @@ from gdn2_edge.spec import ModelSpec
 
 V = TypeVar("V")
 
+MAX_POSITION = 2**53  # the angles of attention are fp64, which counts exactly up to here
+
 
 @dataclass(frozen=True)
 class Gdn2State(Generic[V]):
@@ -82,7 +84,7 @@ def check_state(spec: ModelSpec, tensors: dict[str, Tensor], source: str) -> Sta
     Raises:
         SessionError: a tensor is missing, unknown, of another shape or dtype, or not finite.
     """
-    batch = tensors["position"].shape[0] if "position" in tensors and tensors["position"].ndim == 1 else 1
+    batch = max(1, len(tensors["position"])) if "position" in tensors and tensors["position"].ndim == 1 else 1
     shapes = spec.state_shapes(batch)
     if different := sorted(shapes.keys() ^ tensors.keys()):
         what = "is missing" if different[0] in shapes else "is not part of this model's state"
@@ -96,6 +98,7 @@ def check_state(spec: ModelSpec, tensors: dict[str, Tensor], source: str) -> Sta
             )
         if not torch.isfinite(found).all():
             raise SessionError(f"{source}: {name} holds values that are not finite.")
-    if int(tensors["position"].min()) < 0:
-        raise SessionError(f"{source}: position is {int(tensors['position'].min())}, expected 0 or more.")
+    for position in tensors["position"].tolist():
+        if not 0 <= position <= MAX_POSITION:
+            raise SessionError(f"{source}: position is {position}, expected 0 to {MAX_POSITION}.")
     return state_from_named(spec, tensors)

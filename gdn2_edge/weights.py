@@ -215,30 +215,39 @@ def layout_of(
         CheckpointError: the suffixes, dtypes or shapes are not those of a known layout of a tensor of `shape`.
     """
     dtypes = {suffix: tensor.dtype for suffix, tensor in sorted(stored.items())}
-    if len(dtypes) > 1 and len(shape) != 2:
+    if "_scale" in stored and len(shape) != 2:
         raise CheckpointError(f"{name} is quantized, but {shape} is no matrix; vectors and filters stay as they are.")
     layout: type[Dense] | type[Int8] | type[Fp8] | type[Int4]
-    expected = {"": shape, "_scale": (shape[0], 1)}
-    if list(dtypes) == [""] and dtypes[""] in (torch.float32, torch.bfloat16, torch.float16):
-        layout = Dense
-    elif dtypes == {"": torch.int8, "_scale": torch.float32}:
-        layout = Int8
-    elif dtypes == {"": torch.float8_e4m3fn, "_scale": torch.float32}:
-        layout = Fp8
-    elif dtypes == {"_packed": torch.int32, "_scale": torch.bfloat16, "_shape": torch.int64}:
-        layout = Int4
-        scale = tuple(stored["_scale"].shape)
-        if len(scale) != 2 or scale[1] < 1 or shape[1] % (scale[1] * NIBBLES_PER_INT32):
-            raise CheckpointError(f"{name}_scale is {scale}, which makes no groups of {shape}.")
-        expected = {"_packed": (shape[0], shape[1] // NIBBLES_PER_INT32), "_scale": (shape[0], scale[1]), "_shape": (2,)}
-    else:
-        found = ", ".join(f"{name}{suffix} {str(dtype)[6:]}" for suffix, dtype in dtypes.items())
-        raise CheckpointError(f"{found or name} is not a known weight format (fp32, bf16, fp16, int8, fp8, int4).")
-    for suffix, tensor in stored.items():
-        if tuple(tensor.shape) != expected[suffix]:
+    scale = ((shape[0], 1), torch.float32)
+    match list(dtypes.items()):
+        case [("", (torch.float32 | torch.bfloat16 | torch.float16) as dtype)]:
+            layout, expected = Dense, {"": (shape, dtype)}
+        case [("", torch.int8), ("_scale", _)]:
+            layout, expected = Int8, {"": (shape, torch.int8), "_scale": scale}
+        case [("", torch.float8_e4m3fn), ("_scale", _)]:
+            layout, expected = Fp8, {"": (shape, torch.float8_e4m3fn), "_scale": scale}
+        case [("_packed", torch.int32), ("_scale", _), ("_shape", _)]:
+            found = tuple(stored["_scale"].shape)
+            if len(found) != 2 or found[1] < 1 or shape[1] % (found[1] * NIBBLES_PER_INT32):
+                raise CheckpointError(f"{name}_scale is {found}, which does not divide {shape}.")
+            layout = Int4
+            expected = {
+                "_packed": ((shape[0], shape[1] // NIBBLES_PER_INT32), torch.int32),
+                "_scale": ((shape[0], found[1]), torch.bfloat16),
+                "_shape": ((2,), torch.int64),
+            }
+        case _:
+            formats = ", ".join(f"{name}{suffix} {str(dtype)[6:]}" for suffix, dtype in dtypes.items())
             raise CheckpointError(
-                f"{name}{suffix} is {tuple(tensor.shape)}, the spec says {expected[suffix]}. Was a size changed?"
+                f"{formats or name} is not a known weight format (fp32, bf16, fp16, int8, fp8, int4)."
             )
+    for suffix in reversed(dtypes):
+        is_shape, is_dtype = tuple(stored[suffix].shape), dtypes[suffix]
+        shape, dtype = expected[suffix]
+        if is_dtype != dtype:
+            raise CheckpointError(f"{name}{suffix} is {is_shape} {is_dtype}, expected {shape} {dtype}.")
+        if is_shape != shape:
+            raise CheckpointError(f"{name}{suffix} is {is_shape}, the spec says {shape}. Was a size changed?")
     return layout
 
 
@@ -253,6 +262,9 @@ def weight_from_tensors(name: str, stored: Mapping[str, Tensor], shape: tuple[in
         return Dense(name, stored[""])
     if not torch.isfinite(stored["_scale"]).all():
         raise CheckpointError(f"{name}_scale holds values that are not finite.")
+    # Of the bytes of an fp8 number 0x7F and 0xFF are NaN; they are the largest of their kind.
+    if layout is Fp8 and (stored[""].view(torch.int8).max() == 0x7F or stored[""].view(torch.uint8).max() == 0xFF):
+        raise CheckpointError(f"{name} holds values that are not finite.")
     if layout is Int4 and stored["_shape"].tolist() != list(shape):
         raise CheckpointError(f"{name}_shape says {stored['_shape'].tolist()}, the spec says {list(shape)}.")
     return layout(name, stored["_packed" if layout is Int4 else ""], stored["_scale"])

@@ -97,7 +97,7 @@ def test_shapes_of_both_kinds_of_layer() -> None:
         "layers.1.v_proj.weight": (12, hidden),
         "layers.1.o_proj.weight": (hidden, 24),
     }
-    assert list(shapes)[0] == "embed.weight"
+    assert next(iter(shapes)) == "embed.weight"
     assert list(shapes)[-2:] == ["ln_f.weight", "lm_head.weight"]
     assert small().num_parameters() == sum(map(prod, shapes.values()))
 

@@ -191,8 +191,12 @@ BAD: dict[str, tuple[dict[str, Tensor], tuple[int, ...], str]] = {
     "another shape inside": (changed(int4(32), _shape=torch.tensor([7, 60])), (7, 64), r"says \[7, 60\]"),
     "groups that do not divide": (changed(int4(32), _scale=scales(3).to(BF16)), (7, 64), "does not divide"),
     "no groups": (changed(int4(32), _scale=scales(2)[:, :0].to(BF16)), (7, 64), "does not divide"),
-    "packed in one dimension": (changed(int4(32), _packed=torch.zeros(7, dtype=torch.int32)), (7, 64), "not a known"),
-    "too few codes": (changed(int4(32), _packed=pack_int4(codes(-8, 7))[:, :4]), (7, 64), r"w is \(7, 32\)"),
+    "packed in one dimension": (
+        changed(int4(32), _packed=torch.zeros(7, dtype=torch.int32)),
+        (7, 64),
+        r"w_packed is \(7,\)",
+    ),
+    "too few codes": (changed(int4(32), _packed=pack_int4(codes(-8, 7))[:, :4]), (7, 64), r"w_packed is \(7, 4\)"),
     "a quantized vector": (
         {"": torch.zeros(7, dtype=torch.int8), "_scale": torch.ones(7, 1)},
         (7,),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -77,6 +78,25 @@ def open_tensors(path: Path) -> TensorFile:
     raise CheckpointError(f"{path.name}: expected a folder, a .safetensors file or a .pth file.")
 
 
+def read_file(path: Path, limit: int) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        CheckpointError: missing, larger than `limit`, not to be read, or no file: a pipe or a device has no end.
+    """
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a file.")
+        if size > limit:
+            raise CheckpointError(f"{path.name} is {size} bytes, expected at most {limit}.")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: there is no {path.name}.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a small file.
 
@@ -84,13 +104,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing, too large, not JSON, or not an object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path.name} is {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}.")
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: there is no {path.name}.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
+        value = json.loads(read_file(path, MAX_JSON_BYTES))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is not valid JSON: {str(error)[:120]}.") from None
     if not isinstance(value, dict):
@@ -128,6 +142,8 @@ class SafetensorsFiles:
         self._handles: dict[str, Any] = {}
         self.metadata: dict[str, str] = {}
         for file in files:
+            if not file.is_file():
+                raise CheckpointError(f"{file} is not a file.")
             try:
                 handle = safe_open(file, framework="pt")
                 names = list(handle.keys())
@@ -158,6 +174,7 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _check_archive(path)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -172,12 +189,28 @@ class TorchFile:
             raise CheckpointError(f"{path.name} is not a whole file of torch.save's zip format ({reason}).") from None
         self._tensors = _state_dict(loaded, path.name)
         self.infos = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}
-        claimed, size = sum(info.nbytes for info in self.infos.values()), path.stat().st_size
-        if claimed > size:
-            raise CheckpointError(f"{path.name}: its tensors claim {claimed} bytes, the file has {size}.")
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse what takes memory that the file does not have: compressed parts, and bytes made by a pickle.
+
+    torch.save compresses nothing. Of the few names that `weights_only=True` lets through, `bytearray` alone makes
+    much from little, and no state dict needs it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            pickles = [] if compressed else [entry for entry in entries if entry.filename.endswith(".pkl")]
+            makes_bytes = any(b"bytearray" in archive.read(entry) for entry in pickles)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{path.name} is not a whole file of torch.save's zip format ({error}).") from None
+    if compressed or makes_bytes:
+        what = "is a compressed archive" if compressed else "holds a pickle that makes a bytearray"
+        raise CheckpointError(f"{path.name} {what}, expected what torch.save writes of a state dict.")
 
 
 def _state_dict(loaded: object, where: str) -> dict[str, Tensor]:
@@ -187,10 +220,22 @@ def _state_dict(loaded: object, where: str) -> dict[str, Tensor]:
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not loaded:
         raise CheckpointError(f"{where} holds a {type(loaded).__name__}, expected a state dict.")
+    tensors = {}
     for name, value in loaded.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
-            raise CheckpointError(f"{where}: {str(name)[:60]} is a {type(value).__name__}, expected a dense tensor.")
-    return loaded
+        if not isinstance(name, str):
+            raise CheckpointError(f"{where}: a key is a {type(name).__name__}, expected the name of a tensor.")
+        if not isinstance(value, Tensor) or not _is_dense(value):
+            kind = f"{str(value.layout)[6:]} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise CheckpointError(f"{where}: {name[:60]} is a {kind}, expected a dense tensor.")
+        held = value.untyped_storage().nbytes()
+        if value.nbytes > held:
+            raise CheckpointError(f"{where}: {name[:60]} claims {value.nbytes} bytes, the file holds {held} of it.")
+        tensors[name] = value.detach()
+    return tensors
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
 
 
 # What else a checkpoint folder may hold and a new folder made from it keeps: name -> largest size believed.
@@ -209,9 +254,7 @@ def companions(path: Path) -> dict[str, bytes]:
     for name, limit in COMPANIONS.items():
         file = path / name
         if path.is_dir() and file.is_file():
-            if file.stat().st_size > limit:
-                raise CheckpointError(f"{file} is {file.stat().st_size} bytes, expected at most {limit}.")
-            found[name] = file.read_bytes()
+            found[name] = read_file(file, limit)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from gdn2_edge.checkpoint.files import SafetensorsFiles, TensorFile, TensorInfo,
 from gdn2_edge.checkpoint.names import Source, canonical_sources
 from gdn2_edge.errors import CheckpointError, SpecError
 from gdn2_edge.spec import NAMED_CONFIGS, ModelSpec, spec_from_fields
-from gdn2_edge.weights import Weight, weight_from_tensors
+from gdn2_edge.weights import Weight, layout_of, weight_from_tensors
 
 Kind = Literal["gdn2", "nvlabs", "fla"]
 KIND_WORDS = {
@@ -43,12 +44,17 @@ class Checkpoint:
     def fingerprint(self) -> str:
         return str(self.config.get("fingerprint", ""))
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of every tensor of the model."""
+        return self.spec.tensor_shapes()
+
     def stored(self, name: str) -> dict[str, TensorInfo]:
         """Suffix -> dtype and shape of the stored tensors of one canonical tensor."""
         if name in self.sources:
             source = self.sources[name]
             info = self.file.infos[source.key]
-            found = {"": TensorInfo(info.dtype, self.spec.tensor_shapes()[name]) if source.part else info}
+            found = {"": TensorInfo(info.dtype, self.shapes[name]) if source.part else info}
         else:
             found = {}
         for suffix in STORED_SUFFIXES:
@@ -63,7 +69,7 @@ class Checkpoint:
             CheckpointError: its tensors are not of a known layout or not of the spec's shape.
         """
         tensors = {suffix: self._read(name, suffix) for suffix in self.stored(name)}
-        return weight_from_tensors(name, tensors, self.spec.tensor_shapes()[name])
+        return weight_from_tensors(name, tensors, self.shapes[name])
 
     def _read(self, name: str, suffix: str) -> Tensor:
         if suffix:
@@ -131,9 +137,11 @@ def _open_foreign(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     fields = infer_fields(sources, file, kind, path.name)
     for name, value in overrides.items():
         if name in fields and fields[name] != value and name not in FORMAT_DEFAULTS:
-            raise SpecError(f"{path.name}: its shapes say {name} = {fields[name]}, the configuration says {value}.")
+            raise SpecError(
+                f"{path.name}: its format and shapes say {name} = {fields[name]}, the configuration says {value}."
+            )
         fields[name] = value
-    _infer_attention(fields, sources, file)
+    _infer_attention(fields, sources, file, path.name)
     missing = [name for name in _needed(fields) if name not in fields]
     if missing:
         flags = {"output_gate": "--output-gate silu|sigmoid"}
@@ -151,26 +159,21 @@ FORMAT_DEFAULTS = {"norm_eps": 1e-5, "allow_neg_eigval": False}
 
 def infer_fields(sources: dict[str, Source], file: TensorFile, kind: Kind, where: str) -> dict[str, Any]:
     """The spec fields that the shapes of a foreign checkpoint say, and for NVlabs files those their format says."""
-    shapes = {name: file.infos[source.key].shape for name, source in sources.items()}
-    layers = 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith("layers.")), default=-1)
-    first = next((i for i in range(layers) if f"layers.{i}.A_log" in shapes), None)
-    if first is None:
+    layer_types = _layer_types(sources, where)
+    if "gdn2" not in layer_types:
         raise CheckpointError(f"{where}: no layer has A_log, so there is no GDN-2 layer in it.")
 
     def size(name: str, axis: int) -> int:
-        shape = shapes.get(name)
-        if shape is None or len(shape) <= axis or shape[axis] < 1:
-            raise CheckpointError(f"{where}: {name} is {'missing' if shape is None else shape}.")
-        return shape[axis]
+        return _size(sources, file, where, name, axis)
 
-    layer = f"layers.{first}."
+    layer = f"layers.{layer_types.index('gdn2')}."
     num_heads, head_v_dim = size(layer + "A_log", 0), size(layer + "o_norm.weight", 0)
     fields: dict[str, Any] = {
         **FORMAT_DEFAULTS,
         "vocab_size": size("embed.weight", 0),
         "hidden_size": size("embed.weight", 1),
         "intermediate_size": size(layer + "w1.weight", 0),
-        "layer_types": ["gdn2" if f"layers.{i}.A_log" in shapes else "sliding_attention" for i in range(layers)],
+        "layer_types": layer_types,
         "num_heads": num_heads,
         "num_v_heads": size(layer + "v_proj.weight", 0) // head_v_dim,
         "head_k_dim": size(layer + "dt_bias", 0) // num_heads,
@@ -182,18 +185,38 @@ def infer_fields(sources: dict[str, Source], file: TensorFile, kind: Kind, where
     return fields
 
 
-def _infer_attention(fields: dict[str, Any], sources: dict[str, Source], file: TensorFile) -> None:
+def _layer_types(sources: dict[str, Source], where: str) -> list[str]:
+    """The kind of each layer: anything that attention does not have makes it a gdn2 layer."""
+    layers: dict[int, str] = {}
+    for name in sources:
+        if name.startswith("layers."):
+            _, i, tail = name.split(".", 2)
+            if tail in ("A_log", "dt_bias", "o_norm.weight", "b_proj.weight", "w_proj.weight"):
+                layers[int(i)] = "gdn2"
+            else:
+                layers.setdefault(int(i), "sliding_attention")
+    if missing := sorted(set(range(len(layers))) - layers.keys()):
+        raise CheckpointError(f"{where}: there is a layer {max(layers)}, but no layer {missing[0]}.")
+    return [layers[i] for i in range(len(layers))]
+
+
+def _size(sources: dict[str, Source], file: TensorFile, where: str, name: str, axis: int) -> int:
+    """One side of a tensor whose shape is not known yet."""
+    shape = file.infos[sources[name].key].shape if name in sources else None
+    if shape is None or len(shape) <= axis or shape[axis] < 1:
+        raise CheckpointError(f"{where}: {name} is {'missing' if shape is None else shape}.")
+    return shape[axis]
+
+
+def _infer_attention(fields: dict[str, Any], sources: dict[str, Source], file: TensorFile, where: str) -> None:
     """Head counts of the attention layers, once head_dim or num_attention_heads is given; rope_theta by format."""
     if "sliding_attention" not in fields["layer_types"]:
         return
-    layer = fields["layer_types"].index("sliding_attention")
-    q, o = sources.get(f"layers.{layer}.q_proj.weight"), sources.get(f"layers.{layer}.o_proj.weight")
-    if q is None or o is None or len(file.infos[o.key].shape) != 2:
-        return
-    q_dim = file.infos[o.key].shape[1]
-    rows = file.infos[q.key].shape[0]
-    k = sources.get(f"layers.{layer}.k_proj.weight")
-    kv_dim = (rows - q_dim) // 2 if q.part else file.infos[k.key].shape[0] if k else 0
+    layer = f"layers.{fields['layer_types'].index('sliding_attention')}."
+    q_dim = _size(sources, file, where, layer + "o_proj.weight", 1)
+    kv_dim = _size(sources, file, where, layer + "k_proj.weight", 0)
+    if sources[layer + "k_proj.weight"].part:  # the rows of q, k and v
+        kv_dim = (kv_dim - q_dim) // 2
     if isinstance(heads := fields.get("num_attention_heads"), int) and heads > 0:
         fields.setdefault("head_dim", q_dim // heads)
     if isinstance(head_dim := fields.get("head_dim"), int) and head_dim > 0:
@@ -209,7 +232,7 @@ def _needed(fields: dict[str, Any]) -> list[str]:
 
 def _check_shapes(checkpoint: Checkpoint) -> None:
     where = checkpoint.path.name
-    spec, known = checkpoint.spec, checkpoint.spec.tensor_shapes()
+    spec, known = checkpoint.spec, checkpoint.shapes
     for name, source in checkpoint.sources.items():
         if name not in known:
             raise CheckpointError(f"{where}: {source.key} is not part of the model that the spec describes.")
@@ -217,14 +240,10 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
         stored = checkpoint.stored(name)
         if not stored:
             raise CheckpointError(f"{where}: {name} is missing.")
-        fused = name in checkpoint.sources and checkpoint.sources[name].part
-        if fused:
-            rows = (spec.q_heads + 2 * spec.kv_heads) * spec.attention_head_dim
-            shape = (rows, spec.hidden_size)
-            found = checkpoint.file.infos[checkpoint.sources[name].key].shape
-        elif "" in stored:
-            found = stored[""].shape
-        else:
-            continue  # packed: `weight` checks it against its own shape tensor
-        if found != shape:
-            raise CheckpointError(f"{where}: {name} is {found}, the spec says {shape}. Was a size changed?")
+        if name in checkpoint.sources and checkpoint.sources[name].part:
+            stored = {"": checkpoint.file.infos[checkpoint.sources[name].key]}
+            shape = ((spec.q_heads + 2 * spec.kv_heads) * spec.attention_head_dim, spec.hidden_size)
+        try:
+            layout_of(name, stored, shape)
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error}") from None

@@ -68,6 +68,9 @@ def write_checkpoint(
     """
     _check_target(out, force)
     partial = out.parent / f".{out.name}.partial"
+    if partial.is_symlink():
+        raise CheckpointError(f"{partial} is a link, expected a folder of an interrupted run. Remove it.")
+    made = [folder for folder in partial.parents if not folder.exists()]
     total = sum(job.nbytes for job in jobs)
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -90,6 +93,9 @@ def write_checkpoint(
         raise
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         if isinstance(error, OSError):
             raise CheckpointError(f"{out}: cannot be written ({error.strerror or error}).") from None
         raise
@@ -131,10 +137,10 @@ class _Done:
 
 def _resume_point(partial: Path, identity: dict[str, Any]) -> _Done:
     done = _Done(partial / "progress.json", json.loads(json.dumps(identity)))
-    with contextlib.suppress(Gdn2EdgeError):
+    with contextlib.suppress(Gdn2EdgeError, KeyError, TypeError, ValueError):  # damaged: the work begins anew
         earlier = read_json(done.path)
         if earlier.get("identity") == done.identity:
-            done.shards, done.digests = list(earlier["shards"]), dict(earlier["digests"])
+            done.digests, done.shards = dict(earlier["digests"]), list(earlier["shards"])
     for file in partial.iterdir():
         if file.name not in {*done.shards, "lock", "progress.json"}:
             file.unlink()

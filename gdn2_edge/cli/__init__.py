@@ -24,6 +24,7 @@ app = typer.Typer(
 for command in (chat, inspect, convert, quantize):
     app.command()(command)
 
+MESSAGE_ENDS = 600, 300  # characters shown of a message that is longer than both
 _debug = False
 
 
@@ -48,7 +49,7 @@ def options(
 
 
 def main() -> NoReturn:
-    """Run the command line: exit code 1 and one sentence for an error, 2 for wrong usage, 130 for Ctrl-C in long work."""
+    """Run the command line: exit code 1 and one sentence for an error, 2 for wrong usage, 130 for Ctrl-C in work."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -73,5 +74,13 @@ def _report(error: Exception) -> int:
         message = f"{error.filename or 'a file'}: {error.strerror}."
     else:
         message = f"unexpected {type(error).__name__}: {error}. `gdn2-edge --debug ...` shows where."
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {_one_line(message)}", file=sys.stderr)
     return 1
+
+
+def _one_line(message: str) -> str:
+    """What a hostile file says of itself may hold line ends, control characters and megabytes; a terminal gets none."""
+    first, last = MESSAGE_ENDS
+    if len(message) > first + last:
+        message = f"{message[:first]} ... {message[-last:]}"
+    return "".join(character if character.isprintable() else "?" for character in " ".join(message.split()))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -241,7 +243,7 @@ def _greet(talk: Talk) -> None:
     if talk.quiet:
         return
     about = talk.session.tokenizer.config
-    print(about.description or UNKNOWN_MODEL)
+    print(textwrap.fill(about.description or UNKNOWN_MODEL, min(100, shutil.get_terminal_size().columns)))
     if talk.session.position:
         print(f"Going on at {talk.session.position:,} tokens; state {megabytes(talk.session.state_bytes)}.")
     elif about.example_prompts:

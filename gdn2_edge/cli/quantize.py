@@ -51,12 +51,15 @@ def quantize(
     if json:
         print_json(report.to_json())
         return
-    worst = max((t for t in report.tensors if t.relative_error is not None), key=lambda t: t.relative_error or 0.0)
-    print(
+    said = (
         f"{report.out}: {megabytes(report.bytes_before)} -> {megabytes(report.bytes_after)}, "
-        f"{report.bits_per_weight:.2f} bits per weight, largest relative error {worst.relative_error:.2g}"
-        f" ({worst.name})"
+        f"{report.bits_per_weight:.2f} bits per weight"
     )
+    errors = {t.name: t.relative_error for t in report.tensors if t.relative_error is not None}
+    if errors:  # none where an interrupted run had made all tensors
+        worst = max(errors, key=lambda name: errors[name])
+        said += f", largest relative error {errors[worst]:.2g} ({worst})"
+    print(said)
 
 
 def _print_plan(plan: Report) -> None:

@@ -78,7 +78,7 @@ class Sampler:
         s = self.sampling
         kept = min(s.top_k or scores.shape[-1], scores.shape[-1])
         values, ids = torch.sort(scores, dim=-1, descending=True, stable=True)
-        # In fp64, and from 0 downwards: no temperature overflows, and top_p = 1 keeps the tail of a large vocabulary.
+        # In fp64 and from 0 downwards, so that no temperature overflows.
         probabilities = torch.softmax((values - values[:, :1])[:, :kept].double() / s.temperature, -1)
         before = probabilities.cumsum(-1) - probabilities
         dropped = (before >= s.top_p) | (probabilities < s.min_p * probabilities[:, :1])

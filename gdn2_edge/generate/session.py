@@ -211,11 +211,12 @@ class Session:
         metadata, tensors = _read(path, runtime)
         session = cls(runtime, tokenizer, system=metadata.system, sampling=sampling or metadata.sampling)
         vocab_size = runtime.spec.vocab_size
-        if any(not -1 <= id < vocab_size for id in (*metadata.recent, metadata.pending or 0)):
+        fed = () if metadata.pending is None else (metadata.pending,)
+        if not all(-1 <= id < vocab_size for id in metadata.recent) or not all(0 <= id < vocab_size for id in fed):
             raise SessionError(f"{path.name}: token ids outside the model's vocabulary of {vocab_size}.")
         session._memory = Memory(
             runtime.import_state(tensors),
-            torch.tensor([metadata.recent], dtype=torch.int64).view(1, -1),
+            torch.tensor(metadata.recent, dtype=torch.int64)[None],
             metadata.pending,
             metadata.started,
             metadata.transcript,
@@ -227,6 +228,8 @@ def _read(path: Path, runtime: Runtime) -> tuple[Metadata, dict[str, Tensor]]:
     expected = sum(t.nbytes for t in runtime.export_state(runtime.initial_state()).values())
     try:
         size = path.stat().st_size
+        if not path.is_file():
+            raise SessionError(f"{path} is not a file.")
         if size > expected + METADATA_BYTES:
             raise SessionError(
                 f"{path.name} has {size} bytes, a session of this model at most {expected + METADATA_BYTES}."
@@ -242,6 +245,8 @@ def _read(path: Path, runtime: Runtime) -> tuple[Metadata, dict[str, Tensor]]:
                     f"{runtime.fingerprint[:12]}. A state means nothing to another model, or another quantization."
                 )
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            if "position" in tensors and tensors["position"].shape != (1,):
+                raise SessionError(f"{path.name}: position is {tuple(tensors['position'].shape)}, expected (1,).")
     except FileNotFoundError:
         raise SessionError(f"{path}: no such session file.") from None
     except OSError as error:
@@ -263,10 +268,10 @@ def _capped(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     kept: list[Message] = []
     room = TRANSCRIPT_BYTES
     for message in reversed(messages):
-        size = len(message.content.encode())
+        size = len(message.content.encode(errors="replace"))
         if size > room:
             if not kept:
-                tail = message.content.encode()[-room:].decode(errors="ignore")
+                tail = message.content.encode(errors="replace")[-room:].decode(errors="ignore")
                 kept.append(Message(role=message.role, content=tail))
             break
         kept.append(message)
@@ -281,6 +286,8 @@ def exclusive(path: Path) -> Iterator[None]:
     Raises:
         SessionError: another process holds it, or its folder cannot be written.
     """
+    if path.is_dir() or not path.parent.is_dir():
+        raise SessionError(f"{path} {'is a folder' if path.is_dir() else 'is in no folder'}, expected a session file.")
     lock = path.with_name(f".{path.name}.lock")
     held = FileLock(lock, timeout=0)
     try:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gdn2_edge.checkpoint.files import read_file
 from gdn2_edge.errors import CheckpointError
 from gdn2_edge.generate.chat_template import TEMPLATE_NAME, Turn, Turns, one_line, read_turns
 from gdn2_edge.generate.decoder import Decoder, token_bytes_of
@@ -227,21 +228,17 @@ def _tokenizer(text: str) -> Tokenizer:
 
 def _text(files: Path | Mapping[str, bytes], name: str, most_bytes: int) -> str | None:
     """A file's text, None if there is no such file; it is not read when it is too large."""
-    try:
-        if isinstance(files, Path):
-            path = files / name
-            if not path.exists():
-                return None
-            size = path.stat().st_size
-            data = path.read_bytes() if size <= most_bytes else b""
-        elif name in files:
-            data, size = files[name], len(files[name])
-        else:
+    if isinstance(files, Path):
+        if not (files / name).exists():
             return None
-        if size > most_bytes:
-            raise CheckpointError(f"{name} is {size} bytes, expected at most {most_bytes}.")
+        data = read_file(files / name, most_bytes)
+    elif name in files:
+        data = files[name]
+        if len(data) > most_bytes:
+            raise CheckpointError(f"{name} is {len(data)} bytes, expected at most {most_bytes}.")
+    else:
+        return None
+    try:
         return data.decode()
-    except OSError as error:
-        raise CheckpointError(f"{name}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
         raise CheckpointError(f"{name} is not UTF-8 text.") from None

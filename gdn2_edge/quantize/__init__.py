@@ -162,11 +162,11 @@ def encode(entry: Planned, values: Tensor) -> Weight:
             return Dense(entry.name, values)
 
 
-def check_finite(name: str, values: Tensor) -> None:
+def check_finite(name: str, values: Tensor, why: str = "The checkpoint is damaged or diverged.") -> None:
     """Raise CheckpointError if any value is NaN or infinite."""
     low, high = torch.aminmax(values)
     if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise CheckpointError(f"{name} holds values that are not finite. The checkpoint is damaged or diverged.")
+        raise CheckpointError(f"{name} holds values that are not finite. {why}")
 
 
 def _stored_infos(entry: Planned) -> dict[str, TensorInfo]:

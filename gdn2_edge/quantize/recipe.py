@@ -68,7 +68,9 @@ def load_recipe(path: Path, format: str | None = None, group_size: int | None = 
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FormatError(f"{path}: no such recipe file.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror}).") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
         raise FormatError(f"{path} is not valid TOML: {error}.") from None
     if format is not None:
         fields["format"] = format
@@ -84,7 +86,8 @@ def make_recipe(fields: dict[str, object], where: str) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        raise FormatError(f"{where}: {name} is {str(first['input'])[:60]!r}: {first['msg'].lower()}.") from None
+        found = "missing" if first["type"] == "missing" else f"{str(first['input'])[:60]!r}: {first['msg'].lower()}"
+        raise FormatError(f"{where}: {name} is {found}.") from None
 
 
 def plan(recipe: Recipe, spec: ModelSpec) -> list[Planned]:

@@ -121,12 +121,12 @@ def with_header(folder: Path, header: bytes | Mapping[str, Any], data: bytes = b
 
 
 def with_session(source: Path, target: Path, change: Change = lambda tensors: None, **strings: Any) -> Path:
-    """A session file with other tensors and other metadata (JSON values)."""
+    """A session file with other tensors and other metadata (JSON values; bytes as they are)."""
     tensors = load_file(source)
     change(tensors)
     with safe_open(source, framework="pt") as file:
         metadata = file.metadata()
-    metadata |= {name: value if isinstance(value, str) else json.dumps(value) for name, value in strings.items()}
+    metadata |= {name: v.decode() if isinstance(v, bytes) else json.dumps(v) for name, v in strings.items()}
     return replaced(target, save(tensors, metadata))
 
 
@@ -162,6 +162,16 @@ class RunsCode:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.path),)
+
+
+class Zeros:
+    """Unpickled, it is that many bytes."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bytearray, (self.size,)
 
 
 class Custom:

@@ -103,7 +103,7 @@ CONFIG_FILES: dict[str, tuple[Any, Words]] = {
     "nothing of this name": (None, ("neither a file nor one of", "gdn2_1.3B")),
     "no JSON": ("{", "is not valid JSON"),
     "a list": ([1], "holds a list, expected an object"),
-    "another width": ({"hidden_size": 256}, "its shapes say hidden_size = 128, the configuration says 256"),
+    "another width": ({"hidden_size": 256}, "shapes say hidden_size = 128, the configuration says 256"),
     "layers that are a number": ({"layer_types": 3}, "the configuration says 3"),
     "window without attention": ({"sliding_window": 48}, "no layer in layer_types is sliding_attention"),
     "heads that are a list": ({"num_attention_heads": [4]}, "num_attention_heads"),
@@ -123,7 +123,7 @@ def test_config_option(name: str, tmp_path: Path, refused: Refused) -> None:
 
 
 def test_published_config_of_another_model(tmp_path: Path, refused: Refused) -> None:
-    words = ("its shapes say", "the configuration says")
+    words = ("shapes say", "the configuration says")
     refused("convert", RECURRENT_PTH, "--config", "gdn2_1.3B", "--out", tmp_path / "out", words=words)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import inputs
 import pytest
 import torch
-from inputs import INF, NAN, Refused, added, dropped, filled, resized, retyped
+from inputs import INF, NAN, Change, Refused, added, dropped, filled, resized, retyped
+from torch import Tensor
 
 SHAPES = {
     "embed.weight": (321, 128),
@@ -44,7 +45,11 @@ MISFITS = {
     "doubles": ("dense", retyped("embed.weight", torch.float64), "float64 is not a known weight format"),
     "int8 without scale": ("int8", dropped("embed.weight_scale"), "is not a known weight format"),
     "scale without int8": ("int8", dropped("embed.weight"), "embed.weight_scale float32 is not a known"),
-    "scale of another shape": ("int8", resized("embed.weight_scale", 320), "expected (320, 1)"),
+    "scale of another shape": (
+        "int8",
+        resized("embed.weight_scale", 320),
+        "embed.weight_scale is (320,), the spec says (320, 1)",
+    ),
     "scale of another dtype": ("int8", retyped("embed.weight_scale", torch.float16), "expected (320, 1) torch.float32"),
     "scale of a dense tensor": ("dense", added(embed__weight_scale=torch.zeros(320, 1)), "not a known weight format"),
     "int8 vector": (
@@ -54,7 +59,11 @@ MISFITS = {
     ),
     "int4 shape missing": ("int4", dropped("layers.0.q_proj.weight_shape"), "is not a known weight format"),
     "int4 shape of another size": ("int4", resized("layers.0.q_proj.weight_shape", 3), "q_proj.weight_shape"),
-    "int4 too narrow": ("int4", resized("layers.0.q_proj.weight_packed", 96, 15), "is (96, 120), the spec says"),
+    "int4 too narrow": (
+        "int4",
+        resized("layers.0.q_proj.weight_packed", 96, 15),
+        "q_proj.weight_packed is (96, 15), the spec says (96, 16)",
+    ),
     "int4 flat": ("int4", resized("layers.0.q_proj.weight_packed", 96 * 16), "q_proj.weight"),
     "int4 scale of no groups": ("int4", resized("layers.0.q_proj.weight_scale", 96, 0), "q_proj.weight_scale"),
     "int4 scale of odd groups": ("int4", resized("layers.0.q_proj.weight_scale", 96, 3), "does not divide"),
@@ -71,6 +80,13 @@ def test_stored_tensors(name: str, models: Path, tmp_path: Path, refused_by_all:
     refused_by_all(folder, words)
 
 
+def fp8_code(code: int) -> Change:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["embed.weight"].view(torch.uint8)[0, 0] = code
+
+    return change
+
+
 LIES = {
     "int4 shape": (
         "int4",
@@ -81,6 +97,8 @@ LIES = {
     "fp8 scale infinite": ("fp8", filled("embed.weight_scale", INF), "embed.weight_scale holds values that are not"),
     "int4 scale NaN": ("int4", filled("layers.0.q_proj.weight_scale", NAN), "q_proj.weight_scale holds values"),
     "weights NaN": ("dense", filled("layers.1.o_proj.weight", NAN), "logits are not finite"),
+    "fp8 code NaN": ("fp8", fp8_code(0x7F), "embed.weight holds values that are not finite"),
+    "fp8 code -NaN": ("fp8", fp8_code(0xFF), "embed.weight holds values that are not finite"),
     "weights infinite": ("dense", filled("lm_head.weight", INF, 0), "logits are not finite"),
     "decay NaN": ("hybrid", filled("layers.0.A_log", NAN), "logits are not finite"),
     "attention NaN": ("hybrid", filled("layers.1.k_proj.weight", NAN), "logits are not finite"),
