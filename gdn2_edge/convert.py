@@ -15,9 +15,8 @@ from gdn2_edge.checkpoint.sentencepiece import tokenizer_from_sentencepiece
 from gdn2_edge.checkpoint.writer import Job, Progress, write_checkpoint
 from gdn2_edge.errors import CheckpointError, SpecError
 from gdn2_edge.generate.text import open_text
-from gdn2_edge.quantize import check_finite
 from gdn2_edge.spec import NAMED_CONFIGS
-from gdn2_edge.weights import Dense
+from gdn2_edge.weights import Dense, check_finite
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -108,7 +107,7 @@ def _job(checkpoint: Checkpoint, name: str, dtype: str | None) -> Job:
         raise CheckpointError(f"{checkpoint.path}: {name} is quantized. Convert from the original checkpoint.")
     info = stored[""]
     wanted = DTYPES[dtype] if dtype else info.dtype
-    if len(info.shape) != 2 or not info.dtype.is_floating_point or info.dtype == torch.float64:
+    if len(info.shape) != 2:
         wanted = torch.float32
 
     def make() -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from gdn2_edge.errors import SpecError
 
+MODEL_TYPE = "gdn2"  # what config.json calls it
+
 LayerType = Literal["gdn2", "sliding_attention"]
 OutputGate = Literal["silu", "sigmoid"]
 

@@ -268,3 +268,10 @@ def weight_from_tensors(name: str, stored: Mapping[str, Tensor], shape: tuple[in
     if layout is Int4 and stored["_shape"].tolist() != list(shape):
         raise CheckpointError(f"{name}_shape says {stored['_shape'].tolist()}, the spec says {list(shape)}.")
     return layout(name, stored["_packed" if layout is Int4 else ""], stored["_scale"])
+
+
+def check_finite(name: str, values: Tensor, why: str = "The checkpoint is damaged or diverged.") -> None:
+    """Raise CheckpointError if any value is NaN or infinite."""
+    low, high = torch.aminmax(values)
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise CheckpointError(f"{name} holds values that are not finite. {why}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from gdn2_edge.checkpoint.files import SafetensorsFiles, TensorFile, TensorInfo, open_tensors, read_json
 from gdn2_edge.checkpoint.names import Source, canonical_sources
 from gdn2_edge.errors import CheckpointError, SpecError
-from gdn2_edge.spec import NAMED_CONFIGS, ModelSpec, spec_from_fields
+from gdn2_edge.spec import MODEL_TYPE, NAMED_CONFIGS, ModelSpec, spec_from_fields
 from gdn2_edge.weights import Weight, layout_of, weight_from_tensors
 
 Kind = Literal["gdn2", "nvlabs", "fla"]
@@ -21,7 +21,6 @@ KIND_WORDS = {
     "nvlabs": "NVlabs training file",
     "fla": "state dict with fla's layer names",
 }
-MODEL_TYPE = "gdn2"
 STORED_SUFFIXES = ("_packed", "_scale", "_shape")
 CONFIG_EXTRAS = ("model_type", "architectures", "dtype", "fingerprint", "made_by", "quantization_config")
 

@@ -22,9 +22,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from gdn2_edge.checkpoint.files import DTYPES, INDEX_NAME, TensorInfo, read_json
-from gdn2_edge.checkpoint.reader import MODEL_TYPE
 from gdn2_edge.errors import CheckpointError, Gdn2EdgeError
-from gdn2_edge.spec import ModelSpec
+from gdn2_edge.spec import MODEL_TYPE, ModelSpec
 
 SHARD_BYTES = 1 << 30
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -52,6 +51,7 @@ def write_checkpoint(
     identity: dict[str, Any],
     config: dict[str, Any],
     files: dict[str, bytes],
+    notes: dict[str, Any] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> str:
@@ -62,6 +62,7 @@ def write_checkpoint(
         identity: what the work is, as JSON; an interrupted run is only continued by the same work.
         config: what config.json says beside the spec's fields.
         files: further files of the folder by name.
+        notes: what the jobs learn, as JSON; an interrupted run's notes are there again when it goes on.
         progress: called with (bytes done, bytes in all, tensor name).
     Raises:
         CheckpointError: `out` exists and `force` is false, another process writes it, the disk is full, ...
@@ -75,7 +76,9 @@ def write_checkpoint(
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with FileLock(partial / "lock", timeout=0):
-            done = _resume_point(partial, {"spec": spec.to_json(), "format": 1, **identity})
+            notes = {} if notes is None else notes
+            work = {"spec": spec.to_json(), "format": 1, "shard_bytes": SHARD_BYTES, **identity}
+            done = _resume_point(partial, work, notes)
             free, needed = shutil.disk_usage(partial).free, total - done.nbytes(partial)
             if free < needed:
                 raise CheckpointError(f"{out.parent}: {free >> 20} MiB are free, {needed >> 20} MiB are needed.")
@@ -120,10 +123,10 @@ def _is_ours(folder: Path) -> bool:
 
 
 class _Done:
-    """What an earlier run of the same work finished: shard names, and the digest of each stored tensor."""
+    """What is finished, by this run or an earlier one of the same work: shards, digests of tensors, the jobs' notes."""
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self.path, self.identity = path, identity
+    def __init__(self, path: Path, identity: dict[str, Any], notes: dict[str, Any]) -> None:
+        self.path, self.identity, self.notes = path, identity, notes
         self.shards: list[str] = []
         self.digests: dict[str, str] = {}
 
@@ -131,15 +134,16 @@ class _Done:
         return sum((folder / shard).stat().st_size for shard in self.shards)
 
     def save(self) -> None:
-        record = {"identity": self.identity, "shards": self.shards, "digests": self.digests}
-        write_atomically(self.path, _json(record))
+        names = ("identity", "shards", "digests", "notes")
+        write_atomically(self.path, _json({name: getattr(self, name) for name in names}))
 
 
-def _resume_point(partial: Path, identity: dict[str, Any]) -> _Done:
-    done = _Done(partial / "progress.json", json.loads(json.dumps(identity)))
+def _resume_point(partial: Path, identity: dict[str, Any], notes: dict[str, Any]) -> _Done:
+    done = _Done(partial / "progress.json", json.loads(json.dumps(identity)), notes)
     with contextlib.suppress(Gdn2EdgeError, KeyError, TypeError, ValueError):  # damaged: the work begins anew
         earlier = read_json(done.path)
         if earlier.get("identity") == done.identity:
+            notes.update(earlier["notes"])
             done.digests, done.shards = dict(earlier["digests"]), list(earlier["shards"])
     for file in partial.iterdir():
         if file.name not in {*done.shards, "lock", "progress.json"}:
@@ -237,7 +241,11 @@ def _move_into_place(partial: Path, out: Path) -> None:
         old = out.parent / f".{out.name}.old"
         shutil.rmtree(old, ignore_errors=True)
         out.replace(old)
-        partial.replace(out)
+        try:
+            partial.replace(out)
+        except OSError:
+            old.replace(out)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     else:
         partial.replace(out)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gdn2_edge.cli.render import megabytes, print_json
+from gdn2_edge.cli.render import megabytes, print_json, printable
 from gdn2_edge.errors import Gdn2EdgeError, SessionError
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 def _print_answer(talk: Talk, text: str) -> None:
     for piece in talk.answer(text):
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
     print(flush=True)
     if not talk.quiet:
         stats = talk.stats()
@@ -222,7 +222,7 @@ def _converse(talk: Talk, stack: contextlib.ExitStack) -> None:
             elif text:
                 _print_answer(talk, text)
         except Gdn2EdgeError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(printable(f"error: {error}"), file=sys.stderr)
     if talk.file is None and talk.session.position and not talk.quiet:
         print("This session was not kept; /save FILE or --session FILE keeps one.", file=sys.stderr)
 
@@ -243,11 +243,11 @@ def _greet(talk: Talk) -> None:
     if talk.quiet:
         return
     about = talk.session.tokenizer.config
-    print(textwrap.fill(about.description or UNKNOWN_MODEL, min(100, shutil.get_terminal_size().columns)))
+    print(textwrap.fill(printable(about.description) or UNKNOWN_MODEL, min(100, shutil.get_terminal_size().columns)))
     if talk.session.position:
         print(f"Going on at {talk.session.position:,} tokens; state {megabytes(talk.session.state_bytes)}.")
     elif about.example_prompts:
-        print("Try: " + "  |  ".join(about.example_prompts))
+        print(printable("Try: " + "  |  ".join(about.example_prompts)))
     print(f"{talk.session.runtime.name}. /help lists the commands.\n")
 
 

@@ -19,14 +19,20 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on stdout; all columns but the first are numbers or short words."""
+    """A table on stdout; numbers stand right, words left."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        words = i == 0 or column in ("format", "note", "")
+        table.add_column(column, justify="left" if words else "right", no_wrap=i == 0)
     for row in rows:
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 120
     Console(width=width, highlight=False, soft_wrap=False).print(table)
+
+
+def printable(text: str) -> str:
+    """Text from a model or a file without the control characters that would steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 
 def megabytes(size: int) -> str:

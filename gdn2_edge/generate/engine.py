@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gdn2_edge.errors import BackendError
 from gdn2_edge.generate.sampler import Sampler
 from gdn2_edge.runtime import Runtime
 from gdn2_edge.state import State
@@ -41,9 +42,13 @@ def generate(
         stop_ids: the loop ends when one of them is chosen.
         max_tokens: and after this many tokens.
         interrupted: and when this says so. Before the first token that yields nothing at all.
+    Raises:
+        BackendError: the prompt is empty, or see `Sampler`.
     Yields:
         one `Step` for each token, and a last one with `token=None` where a stop token was chosen.
     """
+    if not prompt:
+        raise BackendError("there is nothing to continue: the prompt has no tokens.")
     for start in range(0, len(prompt), PIECE_TOKENS):
         if interrupted():
             return

@@ -176,6 +176,11 @@ class Session:
             SessionError: it cannot be written.
         """
         memory, path = self._memory, Path(path)
+        if not self.runtime.fingerprint:
+            raise SessionError(
+                "This model has no fingerprint, so a session could not be told from another model's. "
+                "Convert it first: gdn2-edge convert."
+            )
         metadata = Metadata(
             model_fingerprint=self.runtime.fingerprint,
             system=self.system,

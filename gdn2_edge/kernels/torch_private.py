@@ -21,6 +21,7 @@ INT8PACK_MAX_ROWS = 8
 # Where this does not divide in_features, torch 2.13's bf16 x int8 product reads beyond its rows and crashes, and
 # `_int_mm` misreads a matrix of one column.
 INT8_IN_FEATURES_MULTIPLE = 16
+INT8_MAX_IN_FEATURES = 1 << 17  # times 127 * 127, the largest sum that an int32 holds
 
 
 def _private(name: str) -> Callable[..., Tensor]:
@@ -41,7 +42,7 @@ def int8_product(x: Tensor, weight: Int8) -> Tensor | None:
     Returns:
         [M, out_features] fp32.
     """
-    if x.shape[1] % INT8_IN_FEATURES_MULTIPLE:
+    if x.shape[1] % INT8_IN_FEATURES_MULTIPLE or x.shape[1] > INT8_MAX_IN_FEATURES:
         return None
     if has_int_mm():
         x = x.float()

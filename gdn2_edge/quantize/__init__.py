@@ -13,12 +13,12 @@ from torch import Tensor
 from gdn2_edge.checkpoint.files import TensorInfo, companions, identity
 from gdn2_edge.checkpoint.reader import Checkpoint, open_checkpoint
 from gdn2_edge.checkpoint.writer import Job, Progress, write_checkpoint
-from gdn2_edge.errors import CheckpointError, FormatError
+from gdn2_edge.errors import FormatError
 from gdn2_edge.quantize.fp8 import encode_fp8
 from gdn2_edge.quantize.int4 import encode_int4
 from gdn2_edge.quantize.int8 import encode_int8
 from gdn2_edge.quantize.recipe import Planned, Recipe, plan
-from gdn2_edge.weights import NIBBLES_PER_INT32, Dense, Weight
+from gdn2_edge.weights import NIBBLES_PER_INT32, Dense, Weight, check_finite
 
 # Rows are encoded this many values at a time, which bounds the memory of the search.
 CHUNK_VALUES = 1 << 22
@@ -98,6 +98,7 @@ def quantize_checkpoint(
             identity={"source": identity(src), "recipe": recipe.model_dump(mode="json")},
             config={"quantization_config": quantization_config(planned)},
             files=companions(src),
+            notes=errors,
             force=force,
             progress=progress,
         )
@@ -160,13 +161,6 @@ def encode(entry: Planned, values: Tensor) -> Weight:
             return Dense(entry.name, values.bfloat16())
         case "fp32":
             return Dense(entry.name, values)
-
-
-def check_finite(name: str, values: Tensor, why: str = "The checkpoint is damaged or diverged.") -> None:
-    """Raise CheckpointError if any value is NaN or infinite."""
-    low, high = torch.aminmax(values)
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise CheckpointError(f"{name} holds values that are not finite. {why}")
 
 
 def _stored_infos(entry: Planned) -> dict[str, TensorInfo]:

@@ -1,0 +1,69 @@
+"""The torch runtime on an NVIDIA GPU: the same goldens, every stored format, a session that moves between devices."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gdn2_edge.convert import convert_checkpoint
+from gdn2_edge.generate.sampler import Sampling
+from gdn2_edge.generate.session import Session
+from gdn2_edge.loading import load
+from gdn2_edge.model import Model, load_model
+from gdn2_edge.quantize import quantize_checkpoint
+from gdn2_edge.quantize.recipe import Recipe
+
+pytestmark = pytest.mark.gpu
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_TOLERANCE = 5e-5  # as in test_model.py
+# int8 and int4 products on a CPU round activations to 16-bit fixed point and to bf16; a GPU's are exact here.
+FORMAT_TOLERANCE = {"int8": 5e-3, "fp8": 5e-5, "int4": 0.3}
+
+
+@pytest.mark.parametrize("name", ["recurrent", "hybrid"])
+def test_goldens_on_a_gpu(name: str, tmp_path: Path) -> None:
+    config = str(GOLDEN / "hybrid.json") if name == "hybrid" else None
+    convert_checkpoint(GOLDEN / f"{name}-model-ckpt.pth", tmp_path / name, config=config)
+    golden = load_file(GOLDEN / f"{name}-golden.safetensors")
+    ids, expected = golden["input_ids"].long(), golden["logits"]
+    model = load_model(tmp_path / name, "cuda", torch.float32)
+    for cuts in ([0, 192], [0, 1, 2, 60, 61, 130, 192], list(range(193))):
+        state, pieces = None, []
+        for start, end in pairwise(cuts):
+            logits, state = model.forward(ids[:, start:end], state)
+            pieces.append(logits.cpu())
+        assert float((torch.cat(pieces, 1) - expected).abs().max() / expected.std()) < GOLDEN_TOLERANCE
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+def test_formats_on_a_gpu(format: str, tmp_path: Path) -> None:
+    convert_checkpoint(GOLDEN / "recurrent-model-ckpt.pth", tmp_path / "x")
+    quantize_checkpoint(tmp_path / "x", tmp_path / format, Recipe(format=format))
+    ids = load_file(GOLDEN / "recurrent-golden.safetensors")["input_ids"].long()
+    on_gpu, _ = load_model(tmp_path / format, "cuda", torch.float32).forward(ids)
+    on_cpu, _ = load_model(tmp_path / format, "cpu").forward(ids)
+    assert float((on_gpu.cpu() - on_cpu).abs().max() / on_cpu.std()) < FORMAT_TOLERANCE[format]
+
+
+def test_auto_takes_the_gpu_and_bf16() -> None:
+    model = load("tiny")
+    assert isinstance(model, Model)
+    assert model.device.type == "cuda"
+    assert model.ops.dtype == torch.bfloat16
+    answer = "".join(Session(model).send("My name is Ada. What is my name?", 24))
+    assert "Ada" in answer
+
+
+def test_a_session_moves_between_devices(tmp_path: Path, tiny: Model) -> None:
+    greedy = Sampling(temperature=0)
+    gpu = load_model(tiny.path, "cuda", torch.float32)
+    for runtime, text in ((tiny, "Remember that my door code is 418."), (gpu, "Correction: My door code is 773.")):
+        file = tmp_path / "s"
+        session = Session.load(file, runtime) if file.exists() else Session(runtime, sampling=greedy)
+        list(session.send(text, 24))
+        session.save(file)
+    assert "773" in "".join(Session.load(tmp_path / "s", tiny).send("What is my door code?", 24))
