@@ -3,8 +3,8 @@
     python benchmarks/cpu_decode.py [--model tiny | --random gdn2_1.3B] [--record]
 
 Correctness first: each format's products must agree with its own values in fp64, to what bf16 rounds away. Then the
-formats take turns, a few tokens each, so that a slow minute of the machine meets them all. bf16 is timed with bf16 activations,
-its fastest way, and with fp32 activations, its exact way.
+formats take turns, a few tokens each, so that a slow minute of the machine meets them all. bf16 is timed with bf16
+activations, its fastest way, and with fp32 activations, its exact way.
 """
 
 from __future__ import annotations
