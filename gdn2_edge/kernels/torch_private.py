@@ -1,8 +1,9 @@
 """The products that torch has for low bits on a CPU but does not document: all of them are in this file.
 
 Each is tried once, on numbers that would show a wrong result, before it is used; where it is missing, wrong or slow
-by construction, the caller's exact path is taken. Seen with torch 2.13: without VNNI instructions `_int_mm`
-saturates its 16-bit sums and is wrong, so the trial uses the largest codes.
+by construction, the caller's exact path is taken. Seen with torch 2.13: oneDNN's int8 products are exact with AMX,
+AVX512-VNNI and AVX-VNNI; without those instructions they saturate 16-bit sums and are wrong, so the trial uses the
+largest codes. Activations go in as uint8 with a zero point: as int8 they take a path 100 times slower without AMX.
 """
 
 from __future__ import annotations
@@ -10,71 +11,101 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from gdn2_edge.weights import Int4, Int8, unpack_int4
 
-# Above this many rows torch's bf16 x int8 product loses to expanding the weight a tile at a time.
-INT8PACK_MAX_ROWS = 8
-# Where this does not divide in_features, torch 2.13's bf16 x int8 product reads beyond its rows and crashes, and
-# `_int_mm` misreads a matrix of one column.
-INT8_IN_FEATURES_MULTIPLE = 16
-INT8_MAX_IN_FEATURES = 1 << 17  # times 127 * 127, the largest sum that an int32 holds
+MAX_IN_FEATURES = 1 << 16  # times 255 * 127: what an int32 sum holds
+ZERO_POINT = 128
+# Above this many rows torch's bf16 x int8 product loses to expanding the weight a tile at a time; where 16 does not
+# divide in_features, torch 2.13's reads beyond its rows and crashes.
+BF16_INT8_MAX_ROWS = 8
+BF16_INT8_MULTIPLE = 16
 
 
 def _private(name: str) -> Callable[..., Tensor]:
-    """A private function of torch, which its type stubs do not list."""
-    function: Callable[..., Tensor] = getattr(torch, name)
+    """A private function of torch by its dotted name; AttributeError where this build has none (oneDNN: x86 only)."""
+    function: Callable[..., Tensor] = attrgetter(name)(torch)
     return function
 
 
-def int8_product(x: Tensor, weight: Int8) -> Tensor | None:
-    """x W^T on a CPU, or None where torch has no good product.
+@dataclass(frozen=True)
+class Int8Packed:
+    """An `Int8` in oneDNN's own order, which costs no reordering at each product; as many bytes."""
 
-    With VNNI or AMX: x becomes 16-bit fixed point, a scale for each row, as two int8 halves; two integer products
-    are summed exactly, so that the result of a row does not depend on the other rows or on any order. Otherwise, for
-    a few rows: torch's product of bf16 and int8, with x and the result rounded to bf16.
+    name: str
+    data: Tensor
+    scale: Tensor
 
-    Args:
-        x: [M, in_features].
-    Returns:
-        [M, out_features] fp32.
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.data.shape[1], self.data.shape[0])
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        codes = _integer_product(torch.eye(self.shape[1], dtype=torch.uint8) + ZERO_POINT, self).t()
+        return (codes * self.scale)[index]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"_packed": self.data, "_scale": self.scale}
+
+
+def pack_int8(weight: Int8) -> Int8 | Int8Packed:
+    """`weight` in the order that `int8_product` reads; unchanged where torch has no exact integer product here."""
+    if weight.shape[1] > MAX_IN_FEATURES or not has_int8():
+        return weight
+    return Int8Packed(weight.name, _private("ops.onednn.qlinear_prepack")(weight.data, None), weight.scale)
+
+
+def int8_product(x: Tensor, weight: Int8Packed) -> Tensor:
+    """x W^T in integers: [M, in_features] -> [M, out_features] fp32.
+
+    x becomes 16-bit fixed point, a scale for each row, as two 8-bit halves; the two integer products are exact, so
+    the result of a row does not depend on the other rows or on any order.
     """
-    if x.shape[1] % INT8_IN_FEATURES_MULTIPLE or x.shape[1] > INT8_MAX_IN_FEATURES:
-        return None
-    if has_int_mm():
-        x = x.float()
-        step = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30) / 32_512  # 127 * 256: both halves fit in int8
-        fixed = (x / step).round_().to(torch.int16)
-        low = fixed.view(torch.int8)[..., 0::2]
-        high = (fixed + 128).view(torch.int8)[..., 1::2]
-        product = _private("_int_mm")(torch.cat([high, low]), weight.data.t())
-        high_sum, low_sum = product.float().chunk(2)
-        return high_sum.mul_(256.0).add_(low_sum).mul_(step).mul_(weight.scale.view(-1))
-    if x.shape[0] <= INT8PACK_MAX_ROWS and has_int8pack():
-        one = torch.ones(weight.shape[0], dtype=torch.bfloat16)
-        y = _private("_weight_int8pack_mm")(x.bfloat16(), weight.data, one)
-        return y.float().mul_(weight.scale.view(-1))
-    return None
+    x = x.float()
+    step = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30) / 32_512  # 127 * 256: both halves fit in 8 bits
+    fixed = (x / step).round_().to(torch.int16)  # = 256 high + low, both in -128..127
+    low = fixed.view(torch.uint8)[..., 0::2]
+    high = (fixed + 128).view(torch.uint8)[..., 1::2]
+    halves = torch.cat([high, low]).bitwise_xor_(ZERO_POINT)  # adds the zero point to a two's complement byte
+    high_sum, low_sum = _integer_product(halves, weight).chunk(2)
+    return high_sum.mul(256.0).add_(low_sum).mul_(step).mul_(weight.scale.view(-1))
+
+
+def _integer_product(x: Tensor, weight: Int8Packed) -> Tensor:
+    """x - 128, for uint8 x [M, I], times the codes: fp32 [M, O], exact sums, rounded once."""
+    ones = torch.ones(weight.shape[0])
+    zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
+    product = _private("ops.onednn.qlinear_pointwise")
+    return product(x, 1.0, ZERO_POINT, weight.data, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
 
 
 @cache
-def has_int_mm() -> bool:
-    """Whether `_int_mm` is exact here and runs on integer dot-product instructions."""
+def has_int8() -> bool:
+    """Whether oneDNN's int8 product is here and exact: it is where the CPU has integer dot products."""
     try:
-        supported: bool = torch.cpu._is_vnni_supported()
-        a = torch.tensor([[127, -128]], dtype=torch.int8).repeat(2, 64)
-        b = torch.full((64, 128), -127, dtype=torch.int8)
-        exact = a.double() @ b.double().t()
-        return supported and torch.equal(_private("_int_mm")(a, b.t()).double(), exact)
+        x = torch.tensor([[255, 0, 255, 255]], dtype=torch.uint8).repeat(2, 32)
+        codes = torch.tensor([[-127], [127]], dtype=torch.int8).repeat(32, 128)
+        packed = Int8Packed("", _private("ops.onednn.qlinear_prepack")(codes, None), torch.ones(64, 1))
+        expected = (x.double() - ZERO_POINT) @ codes.double().t()
+        return torch.equal(_integer_product(x, packed).double(), expected)
     except (AttributeError, RuntimeError):
         return False
 
 
+def bf16_int8_product(x: Tensor, weight: Int8) -> Tensor | None:
+    """x W^T for a few rows, x and the result rounded to bf16: [M, I] -> [M, O] fp32; None where torch cannot."""
+    if x.shape[0] > BF16_INT8_MAX_ROWS or x.shape[1] % BF16_INT8_MULTIPLE or not has_bf16_int8():
+        return None
+    one = torch.ones(weight.shape[0], dtype=torch.bfloat16)
+    return _private("_weight_int8pack_mm")(x.bfloat16(), weight.data, one).float().mul_(weight.scale.view(-1))
+
+
 @cache
-def has_int8pack() -> bool:
+def has_bf16_int8() -> bool:
     """Whether torch's bf16 x int8 product gives the expected numbers here."""
     try:
         x, w = torch.ones(1, 64, dtype=torch.bfloat16), torch.full((64, 64), 2, dtype=torch.int8)
@@ -116,7 +147,7 @@ BLOCK_ROWS = 64
 def block_int4(weight: Int4) -> Int4 | Int4Blocked:
     """`weight` in the order that `int4_product` reads; unchanged where its shape does not fit."""
     out_features, _ = weight.shape
-    if out_features % BLOCK_ROWS or weight.group_size not in (32, 64, 128, 256):
+    if out_features % BLOCK_ROWS or weight.group_size not in (32, 64, 128, 256) or not has_int4():
         return weight
     step = BLOCK_ROWS * 16  # bounds the int32 codes that the packing wants
     blocks = [

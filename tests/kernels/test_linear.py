@@ -12,7 +12,7 @@ from torch import Tensor
 from gdn2_edge.kernels import linear as linear_module
 from gdn2_edge.kernels import torch_private
 from gdn2_edge.kernels.linear import linear, prepare
-from gdn2_edge.kernels.torch_private import INT8PACK_MAX_ROWS, Int4Blocked
+from gdn2_edge.kernels.torch_private import BF16_INT8_MAX_ROWS, Int4Blocked, Int8Packed
 from gdn2_edge.quantize.fp8 import encode_fp8
 from gdn2_edge.quantize.int4 import encode_int4
 from gdn2_edge.quantize.int8 import encode_int8
@@ -28,11 +28,15 @@ FIXED_POINT = 1.1 / 65_024
 
 PATHS: dict[str, tuple[str, ...]] = {
     "as this machine is": (),
-    "without int_mm": ("has_int_mm",),
-    "without int_mm and int8pack": ("has_int_mm", "has_int8pack"),
+    "without integer products": ("has_int8",),
+    "without int8 products": ("has_int8", "has_bf16_int8"),
     "without int4": ("has_int4",),
 }
-CALLS = {"_int_mm": "has_int_mm", "_weight_int8pack_mm": "has_int8pack", "_weight_int4pack_mm_for_cpu": "has_int4"}
+CALLS = {
+    "ops.onednn.qlinear_pointwise": "has_int8",
+    "_weight_int8pack_mm": "has_bf16_int8",
+    "_weight_int4pack_mm_for_cpu": "has_int4",
+}
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -75,9 +79,9 @@ def error_limit(x: Tensor, weight: Weight) -> Tensor:
     terms = x @ values
     if isinstance(prepare(weight), Int4Blocked):
         return BF16 * terms
-    if type(weight).__name__ == "Int8" and torch_private.has_int_mm():
+    if isinstance(prepare(weight), Int8Packed):
         return FIXED_POINT * x.amax(-1, keepdim=True) * values.sum(0) + EXACT * terms
-    if type(weight).__name__ == "Int8" and torch_private.has_int8pack() and len(x) <= INT8PACK_MAX_ROWS:
+    if type(weight).__name__ == "Int8" and torch_private.has_bf16_int8() and len(x) <= BF16_INT8_MAX_ROWS:
         return BF16 * terms
     return EXACT * terms
 
@@ -112,7 +116,7 @@ SHAPES = [(64, 128), (65, 128), (97, 256), (1, 128), (64, 6272)]
 def test_product(layout: str, shape: tuple[int, int], x_dtype: torch.dtype, path: Any) -> None:
     weight = make(layout, *shape)
     bias = Dense("bias", 3 * randn(weight.shape[0], seed=7))
-    for rows in (1, INT8PACK_MAX_ROWS + 1, 16):
+    for rows in (1, BF16_INT8_MAX_ROWS + 1, 16):
         x = randn(rows, shape[1], seed=rows).to(x_dtype)
         assert_product(x, weight)
         assert_product(x, weight, bias)
@@ -187,10 +191,10 @@ def test_nan_and_infinity_are_not_hidden(layout: str, path: Any) -> None:
         assert torch.isfinite(found[[0, 2]]).all()
 
 
-@pytest.mark.skipif(not torch_private.has_int_mm(), reason="this CPU has no integer dot products")
+@pytest.mark.skipif(not torch_private.has_int8(), reason="this CPU has no integer dot products")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_an_int8_row_does_not_depend_on_the_others(shape: tuple[int, int]) -> None:
-    weight = make("int8", *shape)
+    weight = prepare(make("int8", *shape))
     x = randn(16, shape[1], seed=2)
     x[3] *= 1e4
     whole = linear(x, weight)
@@ -232,7 +236,7 @@ def test_a_trial_refuses_what_is_missing_or_wrong(trial: str, monkeypatch: pytes
         return fail
 
     def wrong(name: str) -> Any:
-        return real(name) if "convert" in name else lambda *args: real(name)(*args) + 1
+        return real(name) if "convert" in name or "prepack" in name else lambda *args: real(name)(*args) + 1
 
     for replacement in (missing, failing, wrong):
         monkeypatch.setattr(torch_private, "_private", replacement)
@@ -259,7 +263,19 @@ def test_int4_stays_as_it_is_where_blocks_do_not_fit(out_features: int) -> None:
     assert prepare(weight) is weight
 
 
+@pytest.mark.skipif(not torch_private.has_int8(), reason="this CPU has no integer dot products")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_packed_int8_holds_the_same_values_in_as_many_bytes(shape: tuple[int, int]) -> None:
+    weight = make("int8", *shape)
+    packed = prepare(weight)
+    assert isinstance(packed, Int8Packed)
+    assert packed.shape == weight.shape
+    assert torch.equal(packed.rows(slice(None)), weight.rows(slice(None)))
+    # oneDNN pads to blocks and keeps a sum for each row
+    assert num_bytes(packed) <= 1.05 * num_bytes(weight) + 64 * (sum(shape) + 64)
+
+
 def test_prepare_leaves_other_layouts() -> None:
-    for layout in ("fp32", "bf16", "int8", "fp8"):
+    for layout in ("fp32", "bf16", "fp8"):
         weight = make(layout, 64, 128)
         assert prepare(weight) is weight
