@@ -34,29 +34,35 @@ def _private(name: str) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True)
 class Int8Packed:
-    """An `Int8` in oneDNN's own order, which costs no reordering at each product; as many bytes."""
+    """An `Int8` in oneDNN's own order, which costs no reordering at each product; scale and zero_point are [O]."""
 
     name: str
     data: Tensor
     scale: Tensor
+    zero_point: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.data.shape[1], self.data.shape[0])
 
     def rows(self, index: Tensor | slice) -> Tensor:
-        codes = _integer_product(torch.eye(self.shape[1], dtype=torch.uint8) + ZERO_POINT, self).t()
-        return (codes * self.scale)[index]
+        return _integer_product(torch.eye(self.shape[1], dtype=torch.uint8) + ZERO_POINT, self).t()[index]
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"_packed": self.data, "_scale": self.scale}
+        return {"_packed": self.data, "_scale": self.scale, "_zero_point": self.zero_point}
 
 
 def pack_int8(weight: Int8) -> Int8 | Int8Packed:
     """`weight` in the order that `int8_product` reads; unchanged where torch has no exact integer product here."""
     if weight.shape[1] > MAX_IN_FEATURES or not has_int8():
         return weight
-    return Int8Packed(weight.name, _private("ops.onednn.qlinear_prepack")(weight.data, None), weight.scale)
+    return _packed(weight)
+
+
+def _packed(weight: Int8) -> Int8Packed:
+    data = _private("ops.onednn.qlinear_prepack")(weight.data, None)
+    zero_point = torch.zeros(weight.shape[0], dtype=torch.int64)
+    return Int8Packed(weight.name, data, weight.scale.flatten(), zero_point)
 
 
 def int8_product(x: Tensor, weight: Int8Packed) -> Tensor:
@@ -72,15 +78,13 @@ def int8_product(x: Tensor, weight: Int8Packed) -> Tensor:
     high = (fixed + 128).view(torch.uint8)[..., 1::2]
     halves = torch.cat([high, low]).bitwise_xor_(ZERO_POINT)  # adds the zero point to a two's complement byte
     high_sum, low_sum = _integer_product(halves, weight).chunk(2)
-    return high_sum.mul(256.0).add_(low_sum).mul_(step).mul_(weight.scale.view(-1))
+    return torch.add(low_sum, high_sum, alpha=256.0).mul_(step)
 
 
 def _integer_product(x: Tensor, weight: Int8Packed) -> Tensor:
-    """x - 128, for uint8 x [M, I], times the codes: fp32 [M, O], exact sums, rounded once."""
-    ones = torch.ones(weight.shape[0])
-    zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
-    product = _private("ops.onednn.qlinear_pointwise")
-    return product(x, 1.0, ZERO_POINT, weight.data, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    """x - 128, for uint8 x [M, I], times the weight: fp32 [M, O]. The sums of codes are exact integers."""
+    product, w = _private("ops.onednn.qlinear_pointwise"), weight
+    return product(x, 1.0, ZERO_POINT, w.data, w.scale, w.zero_point, None, 1.0, 0, torch.float32, "none", [], "")
 
 
 @cache
@@ -89,7 +93,7 @@ def has_int8() -> bool:
     try:
         x = torch.tensor([[255, 0, 255, 255]], dtype=torch.uint8).repeat(2, 32)
         codes = torch.tensor([[-127], [127]], dtype=torch.int8).repeat(32, 128)
-        packed = Int8Packed("", _private("ops.onednn.qlinear_prepack")(codes, None), torch.ones(64, 1))
+        packed = _packed(Int8("", codes, torch.ones(64, 1)))
         expected = (x.double() - ZERO_POINT) @ codes.double().t()
         return torch.equal(_integer_product(x, packed).double(), expected)
     except (AttributeError, RuntimeError):
