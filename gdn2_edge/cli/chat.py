@@ -100,23 +100,22 @@ class Talk:
     file: Path | None
     max_tokens: int = 512
     quiet: bool = False
-    tokens: int = 0
     seconds: float = 0.0
 
     def answer(self, text: str) -> Iterator[str]:
-        """The pieces of an answer; Ctrl-C ends it, and in either case the session is kept."""
-        begun, fed = time.perf_counter(), self.session.position
-        first = 0.0
-        with _interruptible() as interrupted:
-            for piece in self.session.send(text, self.max_tokens, interrupted):
-                first = first or time.perf_counter()
-                yield piece
-        if interrupted() and self.session.position == fed:
-            yield "[stopped before the first word; nothing was kept of this turn]"
-        ended = time.perf_counter()
-        self.seconds, self.tokens = ended - (first or begun), self.session.position - fed
-        if self.file:
-            self.session.save(self.file)
+        """The pieces of an answer; Ctrl-C ends it, and however it ends the session is kept."""
+        first, fed = 0.0, self.session.position
+        try:
+            with _interruptible() as interrupted:
+                for piece in self.session.send(text, self.max_tokens, interrupted):
+                    first = first or time.perf_counter()
+                    yield piece
+            if interrupted() and self.session.position == fed:
+                yield "[stopped before the first word; nothing was kept of this turn]"
+        finally:
+            self.seconds = time.perf_counter() - first if first else 0.0
+            if self.file:
+                self.session.save(self.file)
 
     def stats(self) -> dict[str, Any]:
         spoken = self.session.answer_tokens
@@ -221,6 +220,8 @@ def _converse(talk: Talk, stack: contextlib.ExitStack) -> None:
                 _command(talk, text, stack)
             elif text:
                 _print_answer(talk, text)
+        except KeyboardInterrupt:
+            print()
         except Gdn2EdgeError as error:
             print(printable(f"error: {error}"), file=sys.stderr)
     if talk.file is None and talk.session.position and not talk.quiet:
