@@ -63,7 +63,7 @@ def converse(session: Session, tokens: int, folder: Path) -> list[dict[str, floa
 def tensor_sizes(file: Path) -> dict[str, list[int]]:
     """Name -> shape of the tensors of a session file."""
     with safe_open(file, framework="pt") as opened:
-        return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+        return {name: opened.get_slice(name).get_shape() for name in opened.keys()}
 
 
 def recall(session: Session) -> dict[int, float]:

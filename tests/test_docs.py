@@ -70,7 +70,7 @@ def test_decoder_of_the_formats_page() -> None:
     scope: dict[str, object] = {}
     exec(blocks("docs/formats.md", "python")[0], scope)
     weight = encode_int4("w", torch.randn(6, 128), 32)
-    found = scope["int4"](weight.data.numpy(), weight.scale.float().numpy())  # type: ignore[operator]
+    found = scope["int4"](weight.data.numpy(), weight.scale.float().numpy())
     assert torch.equal(torch.from_numpy(found), weight.rows(slice(None)))
 
 
@@ -85,7 +85,7 @@ def test_every_option_is_on_the_command_line_page() -> None:
     from typer.main import get_command
 
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in get_command(app).commands.items():
         section = text.split(f"## `gdn2-edge {name}`")[1].split("\n## ")[0]
         options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
         documented = set(re.findall(r"^\* `(--[a-z-]+)", section, re.MULTILINE))

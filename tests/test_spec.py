@@ -152,4 +152,4 @@ def test_a_missing_field_is_named(name: str) -> None:
 
 def test_a_spec_does_not_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        small().hidden_size = 25  # type: ignore[misc]
+        small().hidden_size = 25

@@ -238,7 +238,7 @@ def test_many_tokens_leave_the_old_ring() -> None:
     qkv = make_qkv(1, 10)
     ring_k, ring_v = attend(qkv, 4, [0, 10])[1:]
     kept = ring_k.clone(), ring_v.clone()
-    OPS.window_attention(*make_qkv(1, 3, seed=5), ring_k, ring_v, torch.tensor([10]))  # type: ignore[call-arg]
+    OPS.window_attention(*make_qkv(1, 3, seed=5), ring_k, ring_v, torch.tensor([10]))
     assert torch.equal(ring_k, kept[0])
     assert torch.equal(ring_v, kept[1])
 
@@ -249,7 +249,7 @@ def test_many_tokens_leave_the_old_ring() -> None:
 def golden(case: str) -> tuple[ModelSpec, Gdn2Layer, dict[str, Tensor]]:
     with safe_open(GOLDEN, "pt") as file:
         arguments = json.loads(file.metadata()[case])
-        tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(case)}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(case)}
     heads = arguments["num_heads"]
     spec = spec_from_fields(
         {

@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import signal
 import sys
-import textwrap
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gdn2_edge.cli.render import megabytes, print_json, printable
-from gdn2_edge.errors import Gdn2EdgeError, SessionError
+from gdn2_edge.cli.render import print_json
+from gdn2_edge.cli.terminal import Talk, converse, print_answer
+from gdn2_edge.errors import SessionError
 
 if TYPE_CHECKING:
     from gdn2_edge.generate.sampler import Sampling
-    from gdn2_edge.generate.session import Session
-
-HELP = """\
-/help            this list
-/save FILE       keep the session in a file, now and after every answer
-/load FILE       go on with a session from a file
-/undo            take the last turn back
-/reset           forget everything
-/stats           tokens, state, model
-/quit            leave (Ctrl-D too)
-Ctrl-C stops an answer; Alt-Enter begins a new line."""
-UNKNOWN_MODEL = (
-    "This checkpoint says nothing of what it can do. Like every GDN-2 model it keeps the conversation in a memory of "
-    "fixed size: it forgets what lies far back, and what it says may be wrong."
-)
 
 
 def chat(
@@ -84,49 +64,12 @@ def chat(
         talk = _open(stack, path, session, system, options, device, dtype, runtime)
         talk.max_tokens, talk.quiet = max_tokens, quiet
         if prompt is None:
-            _converse(talk, stack)
+            converse(talk, stack)
         elif json:
             answer = "".join(talk.answer(prompt))
             print_json({"answer": answer, **talk.stats()})
         else:
-            _print_answer(talk, prompt)
-
-
-@dataclass
-class Talk:
-    """A session, the file that keeps it, and what the last answer took."""
-
-    session: Session
-    file: Path | None
-    max_tokens: int = 512
-    quiet: bool = False
-    seconds: float = 0.0
-
-    def answer(self, text: str) -> Iterator[str]:
-        """The pieces of an answer; Ctrl-C ends it, and however it ends the session is kept."""
-        first, fed = 0.0, self.session.position
-        try:
-            with _interruptible() as interrupted:
-                for piece in self.session.send(text, self.max_tokens, interrupted):
-                    first = first or time.perf_counter()
-                    yield piece
-            if interrupted() and self.session.position == fed:
-                yield "[stopped before the first word; nothing was kept of this turn]"
-        finally:
-            self.seconds = time.perf_counter() - first if first else 0.0
-            if self.file:
-                self.session.save(self.file)
-
-    def stats(self) -> dict[str, Any]:
-        spoken = self.session.answer_tokens
-        return {
-            "model": str(self.session.runtime.path),
-            "runtime": self.session.runtime.name,
-            "answer_tokens": spoken,
-            "tokens_per_second": round(max(spoken - 1, 0) / self.seconds, 1) if self.seconds else None,
-            "tokens_fed": self.session.position,
-            "state_bytes": self.session.state_bytes,
-        }
+            print_answer(talk, prompt)
 
 
 def _open(
@@ -168,123 +111,3 @@ def _sampling(base: Sampling, options: dict[str, Any]) -> Sampling:
         first = error.errors()[0]
         name = "--" + str(first["loc"][0]).replace("_", "-")
         raise typer.BadParameter(f"{name} is {first['input']}: {first['msg'].lower()}.") from None
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C is a wish that the answer ends; a second one is a KeyboardInterrupt."""
-    wishes: list[int] = []
-
-    def wish(signum: int, frame: object) -> None:
-        if wishes:
-            raise KeyboardInterrupt
-        wishes.append(signum)
-
-    before = signal.signal(signal.SIGINT, wish)
-    try:
-        yield lambda: bool(wishes)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _print_answer(talk: Talk, text: str) -> None:
-    for piece in talk.answer(text):
-        print(printable(piece), end="", flush=True)
-    print(flush=True)
-    if not talk.quiet:
-        stats = talk.stats()
-        speed = f"{stats['tokens_per_second']} tokens/s, " if stats["tokens_per_second"] else ""
-        line = f"[{speed}{stats['tokens_fed']:,} tokens fed, state {megabytes(stats['state_bytes'])}]"
-        print(f"\033[2m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr)
-
-
-def _converse(talk: Talk, stack: contextlib.ExitStack) -> None:
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.key_binding import KeyBindings
-
-    bindings = KeyBindings()
-    bindings.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
-    line: PromptSession[str] = PromptSession(history=_history(), key_bindings=bindings)
-    _greet(talk)
-    while True:
-        try:
-            text = line.prompt("> ").strip()
-        except KeyboardInterrupt:
-            continue
-        except EOFError:
-            break
-        if text in ("/quit", "/exit"):
-            break
-        try:
-            if text.startswith("/"):
-                _command(talk, text, stack)
-            elif text:
-                _print_answer(talk, text)
-        except KeyboardInterrupt:
-            print()
-        except Gdn2EdgeError as error:
-            print(printable(f"error: {error}"), file=sys.stderr)
-    if talk.file is None and talk.session.position and not talk.quiet:
-        print("This session was not kept; /save FILE or --session FILE keeps one.", file=sys.stderr)
-
-
-def _history() -> Any:
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-
-    folder = Path(typer.get_app_dir("gdn2-edge"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "history").touch(mode=0o600)
-        return FileHistory(folder / "history")
-    except OSError:
-        return InMemoryHistory()
-
-
-def _greet(talk: Talk) -> None:
-    if talk.quiet:
-        return
-    about = talk.session.tokenizer.config
-    print(textwrap.fill(printable(about.description) or UNKNOWN_MODEL, min(100, shutil.get_terminal_size().columns)))
-    if talk.session.position:
-        print(f"Going on at {talk.session.position:,} tokens; state {megabytes(talk.session.state_bytes)}.")
-    elif about.example_prompts:
-        print(printable("Try: " + "  |  ".join(about.example_prompts)))
-    print(f"{talk.session.runtime.name}. /help lists the commands.\n")
-
-
-def _command(talk: Talk, text: str, stack: contextlib.ExitStack) -> None:
-    from gdn2_edge.generate.session import Session, exclusive
-
-    name, _, argument = text.partition(" ")
-    argument = argument.strip()
-    match name:
-        case "/help":
-            print(HELP)
-        case "/save" if argument or talk.file:
-            file = Path(argument) if argument else talk.file
-            assert file is not None
-            if file != talk.file:
-                if file.exists():
-                    raise SessionError(f"{file} exists. Choose another name, or /load it.")
-                stack.enter_context(exclusive(file))
-            talk.session.save(file)
-            talk.file = file
-            print(f"{file}: {talk.session.position:,} tokens, state {megabytes(talk.session.state_bytes)}.")
-        case "/load" if argument:
-            if Path(argument) != talk.file:
-                stack.enter_context(exclusive(Path(argument)))
-            talk.session = Session.load(argument, talk.session.runtime, talk.session.tokenizer)
-            talk.file = Path(argument)
-            print(f"Going on at {talk.session.position:,} tokens.")
-        case "/undo" | "/reset":
-            talk.session.undo() if name == "/undo" else talk.session.reset()
-            if talk.file:
-                talk.session.save(talk.file)
-            print(f"{talk.session.position:,} tokens in memory." if talk.session.position else "The memory is empty.")
-        case "/stats":
-            for key, value in talk.stats().items():
-                print(f"{key.replace('_', ' '):18} {value}")
-        case "/save" | "/load":
-            raise SessionError(f"{name} needs a file name.")
-        case _:
-            raise SessionError(f"{name} is no command. /help lists them.")

@@ -249,7 +249,7 @@ def _read(path: Path, runtime: Runtime) -> tuple[Metadata, dict[str, Tensor]]:
                     f"{path.name} belongs to the model {metadata.model_fingerprint[:12]}, this model is "
                     f"{runtime.fingerprint[:12]}. A state means nothing to another model, or another quantization."
                 )
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             if "position" in tensors and tensors["position"].shape != (1,):
                 raise SessionError(f"{path.name}: position is {tuple(tensors['position'].shape)}, expected (1,).")
     except FileNotFoundError:

@@ -25,7 +25,7 @@ class Ran:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     def command(*arguments: str | Path) -> Ran:
         monkeypatch.setattr(sys, "argv", ["gdn2-edge", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
@@ -36,7 +36,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  #
     return command
 
 
-def test_inspect(run) -> None:  # type: ignore[no-untyped-def]
+def test_inspect(run) -> None:
     done = run("inspect", "tiny")
     assert done.code == 0
     assert "23,643,056" in done.out
@@ -44,7 +44,7 @@ def test_inspect(run) -> None:  # type: ignore[no-untyped-def]
     assert "chat template" in done.out
 
 
-def test_inspect_json_loads_no_weights(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_inspect_json_loads_no_weights(run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gdn2_edge.checkpoint.files.SafetensorsFiles.read", None)
     facts = json.loads(run("inspect", "tiny", "--json").out)
     assert facts["parameters"] == 23_643_056
@@ -53,7 +53,7 @@ def test_inspect_json_loads_no_weights(run, monkeypatch: pytest.MonkeyPatch) -> 
     assert facts["tokenizer"] == {"tokens": 8192, "chat_template": True}
 
 
-def test_inspect_says_what_a_training_file_does_not(run) -> None:  # type: ignore[no-untyped-def]
+def test_inspect_says_what_a_training_file_does_not(run) -> None:
     done = run("inspect", GOLDEN / "hybrid-model-ckpt.pth")
     assert done.code == 1
     assert "does not say sliding_window, num_attention_heads" in done.err
@@ -62,7 +62,7 @@ def test_inspect_says_what_a_training_file_does_not(run) -> None:  # type: ignor
     assert "2 x (gdn2, sliding_attention)" in done.out
 
 
-def test_convert_with_nothing_else_said_meets_the_golden(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_convert_with_nothing_else_said_meets_the_golden(run, tmp_path: Path) -> None:
     done = run("convert", GOLDEN / "recurrent-model-ckpt.pth", "--out", tmp_path / "X")
     assert done.code == 0
     assert "719,785 parameters" in done.out
@@ -71,7 +71,7 @@ def test_convert_with_nothing_else_said_meets_the_golden(run, tmp_path: Path) ->
     assert float((logits - golden["logits"]).abs().max() / golden["logits"].std()) < 5e-5
 
 
-def test_quantize_prints_a_plan_and_a_report(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_quantize_prints_a_plan_and_a_report(run, tmp_path: Path) -> None:
     out = tmp_path / "tiny-int4"
     done = run("quantize", "tiny", "--format", "int4", "--group-size", "128", "--out", out, "--dry-run")
     assert done.code == 0
@@ -99,14 +99,14 @@ def test_quantize_prints_a_plan_and_a_report(run, tmp_path: Path) -> None:  # ty
         (["fly"], "No such command"),
     ],
 )
-def test_wrong_usage_exits_with_2(run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
+def test_wrong_usage_exits_with_2(run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     done = run(*arguments)
     assert done.code == 2
     assert message in done.err
 
 
-def test_chat_once(run) -> None:  # type: ignore[no-untyped-def]
+def test_chat_once(run) -> None:
     done = run("chat", "--once", "My name is Ada. What is my name?")
     assert done.code == 0
     assert "Ada" in done.out
@@ -116,14 +116,14 @@ def test_chat_once(run) -> None:  # type: ignore[no-untyped-def]
     assert (quiet.out, quiet.err) == (done.out, "")
 
 
-def test_chat_json(run) -> None:  # type: ignore[no-untyped-def]
+def test_chat_json(run) -> None:
     facts = json.loads(run("chat", "--once", "My name is Ada. What is my name?", "--json").out)
     assert "Ada" in facts["answer"]
     assert facts["answer_tokens"] > 1
     assert facts["state_bytes"] < 1e6
 
 
-def test_chat_keeps_a_session(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_chat_keeps_a_session(run, tmp_path: Path) -> None:
     file = tmp_path / "ada.session"
     assert run("chat", "--session", file, "--once", "My name is Ada.").code == 0
     assert "Ada" in run("chat", "--session", file, "--once", "What is my name?").out
@@ -154,7 +154,7 @@ def test_an_empty_pipe_is_wrong_usage() -> None:
     assert "holds no prompt" in done.stderr
 
 
-def test_version_and_debug(run) -> None:  # type: ignore[no-untyped-def]
+def test_version_and_debug(run) -> None:
     assert run("--version").out.strip() == "0.1.0"
     plain, debug = run("inspect", "nowhere"), run("--debug", "inspect", "nowhere")
     assert plain.err.count("\n") == 1

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="pexpect needs a
 STATS = r"tokens fed, state 0\.9 MB\]"
 
 
-def open_chat(folder: Path, *arguments: str):  # type: ignore[no-untyped-def]
+def open_chat(folder: Path, *arguments: str):
     environment = {
         "PATH": "",
         "TERM": "xterm",

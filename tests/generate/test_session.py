@@ -30,7 +30,7 @@ def tensors(session: Session) -> dict[str, torch.Tensor]:
 
 def shapes_of(file: Path) -> dict[str, list[int]]:
     with safe_open(file, framework="pt") as opened:
-        return {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+        return {key: opened.get_slice(key).get_shape() for key in opened.keys()}
 
 
 def assert_same(one: Session, other: Session) -> None:
@@ -60,10 +60,10 @@ def test_only_new_tokens_are_fed(tiny: Model) -> None:
 
         def prefill(self, tokens: torch.Tensor, state: object) -> object:
             self.fed += tokens.numel()
-            return type(tiny).prefill(tiny, tokens, state)  # type: ignore[arg-type]
+            return type(tiny).prefill(tiny, tokens, state)
 
     session, counter = Session(tiny, sampling=GREEDY), Counting()
-    tiny.prefill = counter.prefill  # type: ignore[method-assign, assignment]
+    tiny.prefill = counter.prefill
     try:
         for text in TALK:
             before, counter.fed = session.position, 0
@@ -173,7 +173,7 @@ def test_an_error_inside_a_turn_leaves_whole_tokens(tiny: Model) -> None:
     session = Session(tiny, sampling=GREEDY)
     ops, calls = tiny.ops, 0
 
-    class Failing(type(ops)):  # type: ignore[misc]
+    class Failing(type(ops)):
         def linear(self, *args: object) -> object:
             nonlocal calls
             calls += 1

@@ -165,7 +165,7 @@ def check(file: str) -> bool:
     """Prints the largest difference of each output over its spread; True if all are small."""
     with safe_open(file, "pt") as golden:
         metadata = golden.metadata()
-        tensors = {name: golden.get_tensor(name) for name in golden.keys()}  # noqa: SIM118
+        tensors = {name: golden.get_tensor(name) for name in golden.keys()}
     good = True
     for case in CASES:
         arguments = json.loads(metadata[case])

@@ -270,9 +270,9 @@ def test_chunks_of_rows_give_the_same_as_all_at_once(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for format in ("int8", "int4"):
-        whole = quantize_checkpoint(source, tmp_path / f"{format} whole", Recipe(format=format))  # type: ignore[arg-type]
+        whole = quantize_checkpoint(source, tmp_path / f"{format} whole", Recipe(format=format))
         monkeypatch.setattr("gdn2_edge.quantize.CHUNK_VALUES", 1000)
-        pieces = quantize_checkpoint(source, tmp_path / f"{format} pieces", Recipe(format=format))  # type: ignore[arg-type]
+        pieces = quantize_checkpoint(source, tmp_path / f"{format} pieces", Recipe(format=format))
         monkeypatch.undo()
         assert pieces.fingerprint == whole.fingerprint
         for one, other in zip(pieces.tensors, whole.tensors, strict=True):
@@ -408,7 +408,7 @@ def test_config_of_one_format(format: Any, name: str, kind: str, source: Path, t
 
 def test_quantizing_twice_is_refused(source: Path, tmp_path: Path) -> None:
     for format in ("int8", "int4"):
-        quantize_checkpoint(source, tmp_path / format, Recipe(format=format))  # type: ignore[arg-type]
+        quantize_checkpoint(source, tmp_path / format, Recipe(format=format))
         with pytest.raises(FormatError, match=r"embed\.weight is already quantized\. Quantize from the original"):
             quantize_checkpoint(tmp_path / format, tmp_path / "out", Recipe(format="fp8"))
 
@@ -499,7 +499,7 @@ def models(golden: tuple[Path, dict[str, Tensor]], tmp_path_factory: pytest.Temp
     folder, found = tmp_path_factory.mktemp("quantized"), {}
     for format in FORMATS:
         found[format] = folder / format
-        quantize_checkpoint(golden[0], found[format], Recipe(format=format))  # type: ignore[arg-type]
+        quantize_checkpoint(golden[0], found[format], Recipe(format=format))
         checkpoint = open_checkpoint(found[format])
         values = {n: checkpoint.weight(n).rows(slice(None)).contiguous() for n in checkpoint.spec.tensor_shapes()}
         found[f"{format} fp32"] = write_model(folder / f"{format} fp32", values, checkpoint.spec)
