@@ -58,7 +58,7 @@ class Talk:
                 yield "[stopped before the first word; nothing was kept of this turn]"
         finally:
             self.seconds = time.perf_counter() - first if first else 0.0
-            if self.file:
+            if self.file and self.session.position != fed:
                 self.session.save(self.file)
 
     def stats(self) -> dict[str, Any]:
