@@ -47,8 +47,8 @@ class Talk:
     seconds: float = 0.0
 
     def answer(self, text: str) -> Iterator[str]:
-        """The pieces of an answer; Ctrl-C ends it, and however it ends the session is kept."""
-        first, fed = 0.0, self.session.position
+        """The pieces of an answer; Ctrl-C ends it, and what was said is kept. A turn that fails is not."""
+        first, fed, failed = 0.0, self.session.position, False
         try:
             with _interruptible() as interrupted:
                 for piece in self.session.send(text, self.max_tokens, interrupted):
@@ -56,9 +56,12 @@ class Talk:
                     yield piece
             if interrupted() and self.session.position == fed:
                 yield "[stopped before the first word; nothing was kept of this turn]"
+        except Gdn2EdgeError:
+            failed = True
+            raise
         finally:
             self.seconds = time.perf_counter() - first if first else 0.0
-            if self.file and self.session.position != fed:
+            if self.file and self.session.position != fed and not failed:
                 self.session.save(self.file)
 
     def stats(self) -> dict[str, Any]:
