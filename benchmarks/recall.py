@@ -1,10 +1,10 @@
-"""Told a random code, corrected, asked: in three processes on one session file a code, for 100 codes.
+"""Told a random code, corrected, asked: three processes, and a session file for each of 100 codes.
 
     python benchmarks/recall.py [--model tiny] [--digits 4] [--codes 100] [--record]
 
-Each visit is a process of its own that opens every session file, says one thing, saves and ends; the greedy answer
-to the question is counted right when it holds the corrected code, old when it holds the first one. Nothing but the
-session files passes from one process to the next.
+Each visit is one process, three in all, that opens every session file, says one thing, saves and ends; the greedy
+answer to the question is counted right when it holds the corrected code, old when it holds the first one. Nothing but
+the session files passes from one process to the next.
 """
 
 from __future__ import annotations

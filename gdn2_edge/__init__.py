@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from gdn2_edge.convert import convert_checkpoint
     from gdn2_edge.errors import Gdn2EdgeError
-    from gdn2_edge.generate.sampler import Sampling
+    from gdn2_edge.generate.sampler import Sampler, Sampling
     from gdn2_edge.generate.session import Session
     from gdn2_edge.loading import load
     from gdn2_edge.model import Model
@@ -24,6 +24,7 @@ _HOME = {
     "Gdn2EdgeError": "gdn2_edge.errors",
     "Model": "gdn2_edge.model",
     "Recipe": "gdn2_edge.quantize.recipe",
+    "Sampler": "gdn2_edge.generate.sampler",
     "Sampling": "gdn2_edge.generate.sampler",
     "Session": "gdn2_edge.generate.session",
     "convert_checkpoint": "gdn2_edge.convert",
@@ -35,6 +36,7 @@ __all__ = [
     "Gdn2EdgeError",
     "Model",
     "Recipe",
+    "Sampler",
     "Sampling",
     "Session",
     "__version__",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn2_edge.checkpoint.files import COMPANIONS, TensorInfo, companions, identity, read_json
+from gdn2_edge.checkpoint.files import COMPANIONS, TensorInfo, check_apart, companions, identity, read_json
 from gdn2_edge.checkpoint.reader import Checkpoint, open_checkpoint
 from gdn2_edge.checkpoint.sentencepiece import tokenizer_from_sentencepiece
 from gdn2_edge.checkpoint.writer import Job, Progress, write_checkpoint
@@ -76,6 +76,7 @@ def convert_checkpoint(
         CheckpointError, SpecError: see `open_checkpoint` and `write_checkpoint`.
     """
     src, dst = Path(src), Path(dst)
+    check_apart(src, dst)
     checkpoint = open_checkpoint(src, spec_overrides(config, output_gate))
     files = companions(src) | _text_files(tokenizer, chat_template)
     if "tokenizer.json" in files:

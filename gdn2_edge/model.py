@@ -55,7 +55,7 @@ class Model(Runtime):
         Returns:
             logits [B, T, vocab_size] fp32, and the state after the last token.
         """
-        tokens = self._checked(tokens)
+        tokens = self._checked(tokens, state)
         state = self.initial_state(tokens.shape[0]) if state is None else state
         logits = []
         for piece in tokens.split(PREFILL_TOKENS, 1):
@@ -65,7 +65,7 @@ class Model(Runtime):
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
-        for piece in self._checked(tokens).split(PREFILL_TOKENS, 1):
+        for piece in self._checked(tokens, state).split(PREFILL_TOKENS, 1):
             x, state = forward(self.ops, self.spec, self.weights, piece, state)
         return head(self.ops, self.spec, self.weights, x[:, -1:])[:, 0].float(), state
 
@@ -93,12 +93,18 @@ class Model(Runtime):
         """Bytes of memory that the weights take."""
         return sum(num_bytes(weight) for weight in _leaves(self.weights))
 
-    def _checked(self, tokens: Tensor) -> Tensor:
-        if tokens.ndim != 2 or tokens.shape[1] < 1 or tokens.dtype != torch.int64:
-            raise BackendError(f"tokens are {tuple(tokens.shape)} {tokens.dtype}, expected int64 [B, T] with T >= 1.")
+    def _checked(self, tokens: Tensor, state: State[Tensor] | None) -> Tensor:
+        if tokens.ndim != 2 or tokens.numel() < 1 or tokens.dtype != torch.int64:
+            raise BackendError(
+                f"tokens are {tuple(tokens.shape)} {tokens.dtype}, expected int64 [B, T], both at least 1."
+            )
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.spec.vocab_size:
             raise BackendError(f"token ids {low}..{high} are outside the vocabulary 0..{self.spec.vocab_size - 1}.")
+        if state is not None and state.position.shape[0] != tokens.shape[0]:
+            raise BackendError(
+                f"the state is of {state.position.shape[0]} sequences, the tokens are of {tokens.shape[0]}."
+            )
         return tokens.to(self.device)
 
 
@@ -117,6 +123,8 @@ def load_model(path: Path, device: str = "auto", dtype: torch.dtype | None = Non
     checkpoint = open_checkpoint(path)
     if dtype is None:
         dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise BackendError(f"dtype is {dtype!r}, expected torch.float32, torch.bfloat16 or torch.float16.")
     return Model(checkpoint.spec, _read_weights(checkpoint, where), where, dtype, checkpoint.fingerprint, path)
 
 

@@ -47,7 +47,7 @@ class Runtime(ABC):
 
     @abstractmethod
     def generate_step(self, token: Tensor, state: State[Tensor], sampling: Sample) -> tuple[Tensor, State[Tensor]]:
-        """Feed one token [B] and choose the next: tokens [B], and the new state."""
+        """Feed one token [B] and choose the next, with a `Sampler`: tokens [B], and the new state."""
 
     @abstractmethod
     def clone(self, state: State[Tensor]) -> State[Tensor]:

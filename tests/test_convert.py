@@ -102,11 +102,14 @@ def test_our_own_folder_is_copied_exactly(source: Path, tmp_path: Path) -> None:
     assert third.fingerprint != first.fingerprint
 
 
-def test_a_folder_may_replace_itself(source: Path, tmp_path: Path) -> None:
+def test_a_source_is_never_replaced(source: Path, tmp_path: Path) -> None:
     converted(source, tmp_path / "a")
-    convert_checkpoint(tmp_path / "a", tmp_path / "a", dtype="bf16", force=True)
-    found = load_file(tmp_path / "a" / "model.safetensors")
-    assert torch.equal(found["lm_head.weight"], tensors()["lm_head.weight"].bfloat16())
+    before = (tmp_path / "a" / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="is or holds the source"):
+        convert_checkpoint(tmp_path / "a", tmp_path / "a", dtype="bf16", force=True)
+    with pytest.raises(CheckpointError, match="is or holds the source"):
+        quantize_checkpoint(tmp_path / "a", tmp_path / "b" / ".." / "a", Recipe(format="int8"), force=True)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
 
 
 def test_a_quantized_folder_is_refused(source: Path, tmp_path: Path) -> None:

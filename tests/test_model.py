@@ -184,13 +184,20 @@ def test_bf16_activations_are_near(golden: Any) -> None:
         (torch.tensor([[320]]), "outside the vocabulary"),
         (torch.tensor([[-1]]), "outside the vocabulary"),
         (torch.tensor([1]), "expected int64"),
-        (torch.zeros(1, 0, dtype=torch.int64), "T >= 1"),
+        (torch.zeros(1, 0, dtype=torch.int64), "both at least 1"),
         (torch.zeros(1, 1), "expected int64"),
+        (torch.zeros(0, 1, dtype=torch.int64), "both at least 1"),
     ],
 )
 def test_bad_tokens_are_refused(golden: Any, tokens: Tensor, message: str) -> None:
     with pytest.raises(BackendError, match=message):
         golden[0].forward(tokens)
+
+
+def test_a_state_of_another_batch_is_refused(golden: Any) -> None:
+    model, _ = golden
+    with pytest.raises(BackendError, match="the state is of 2 sequences, the tokens are of 1"):
+        model.step(torch.tensor([1]), model.initial_state(2))
 
 
 def test_devices_and_runtimes_that_are_not_here() -> None:
@@ -202,3 +209,5 @@ def test_devices_and_runtimes_that_are_not_here() -> None:
         load("tiny", device="cuda:99")
     with pytest.raises(BackendError, match="runtime 'warp'"):
         load("tiny", runtime="warp")
+    with pytest.raises(BackendError, match=r"dtype is torch\.int8"):
+        load("tiny", dtype=torch.int8)

@@ -258,6 +258,13 @@ def companions(path: Path) -> dict[str, bytes]:
     return found
 
 
+def check_apart(src: Path, dst: Path) -> None:
+    """Raise CheckpointError if writing `dst` would replace `src`."""
+    target = dst.resolve()
+    if target in (src.resolve(), *src.resolve().parents):
+        raise CheckpointError(f"{dst} is or holds the source {src}. Choose another --out.")
+
+
 def identity(path: Path) -> list[list[Any]]:
     """Names, sizes and times of the files of a checkpoint: what an interrupted conversion compares."""
     files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]

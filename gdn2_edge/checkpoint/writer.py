@@ -1,7 +1,7 @@
 """Writing a checkpoint folder tensor by tensor: resumable, never half-written, never over something else.
 
 The folder is made beside its target as ``.NAME.partial`` and renamed when it is whole. An interrupted run leaves it
-there, with a digest of every finished shard, and the same command goes on; a failed run removes it.
+there, with a digest of every finished tensor, and the same command checks them and goes on; a failed run removes it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gdn2_edge.checkpoint.files import DTYPES, INDEX_NAME, TensorInfo, read_json
@@ -71,6 +72,9 @@ def write_checkpoint(
     partial = out.parent / f".{out.name}.partial"
     if partial.is_symlink():
         raise CheckpointError(f"{partial} is a link, expected a folder of an interrupted run. Remove it.")
+    left = [file.name for file in partial.iterdir()] if partial.is_dir() else []
+    if left and not any(name in ("lock", "progress.json") or name.endswith(".tmp") for name in left):
+        raise CheckpointError(f"{partial} is not of an interrupted run of this program. Remove it or move it away.")
     made = [folder for folder in partial.parents if not folder.exists()]
     total = sum(job.nbytes for job in jobs)
     try:
@@ -144,11 +148,23 @@ def _resume_point(partial: Path, identity: dict[str, Any], notes: dict[str, Any]
         earlier = read_json(done.path)
         if earlier.get("identity") == done.identity:
             notes.update(earlier["notes"])
-            done.digests, done.shards = dict(earlier["digests"]), list(earlier["shards"])
+            done.digests = dict(earlier["digests"])
+            done.shards = [shard for shard in earlier["shards"] if _is_intact(partial / shard, done.digests)]
     for file in partial.iterdir():
         if file.name not in {*done.shards, "lock", "progress.json"}:
             file.unlink()
     return done
+
+
+def _is_intact(shard: Path, digests: dict[str, str]) -> bool:
+    """Whether every tensor of a finished shard is still what was written."""
+    try:
+        with safe_open(shard, framework="pt") as file:
+            return all(
+                hashlib.sha256(_raw(file.get_tensor(name))).hexdigest() == digests.get(name) for name in file.keys()
+            )
+    except (SafetensorError, OSError):
+        return False
 
 
 def _plan_shards(jobs: Sequence[Job]) -> dict[str, list[Job]]:
@@ -217,6 +233,10 @@ def _write_header(file: Any, jobs: Sequence[Job]) -> dict[str, int]:
 def _bytes(name: str, tensor: Tensor, info: TensorInfo) -> memoryview:
     if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
         raise CheckpointError(f"{name} came out as {tuple(tensor.shape)} {tensor.dtype}, planned was {info}.")
+    return _raw(tensor)
+
+
+def _raw(tensor: Tensor) -> memoryview:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from gdn2_edge.cli.render import print_json
-from gdn2_edge.cli.terminal import Talk, converse, print_answer
+from gdn2_edge.cli.terminal import Talk, converse, print_answer, with_options
 from gdn2_edge.errors import SessionError
-
-if TYPE_CHECKING:
-    from gdn2_edge.generate.sampler import Sampling
 
 
 def chat(
@@ -37,7 +34,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same conversation.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
-        str | None, typer.Option(help="Activations: fp32 or bf16; by default what suits the device.")
+        str | None, typer.Option(help="Activations: fp32, bf16 or fp16; by default what suits the device.")
     ] = None,
     runtime: Annotated[str, typer.Option(help="auto or torch.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one answer as JSON (with --once or a pipe).")] = False,
@@ -49,6 +46,8 @@ def chat(
         prompt = sys.stdin.read().strip()
         if not prompt:
             raise typer.BadParameter("standard input is no terminal and holds no prompt. Give --once TEXT.")
+    if once is not None and not once.strip():
+        raise typer.BadParameter("--once is empty.")
     if json and prompt is None:
         raise typer.BadParameter("--json needs --once TEXT or a prompt from a pipe.")
     given = {
@@ -60,11 +59,11 @@ def chat(
         "seed": seed,
     }
     options = {name: value for name, value in given.items() if value is not None}
-    with contextlib.ExitStack() as stack:
-        talk = _open(stack, path, session, system, options, device, dtype, runtime)
-        talk.max_tokens, talk.quiet = max_tokens, quiet
+    talk = _open(path, session, system, options, device, dtype, runtime)
+    talk.max_tokens, talk.quiet = max_tokens, quiet
+    with contextlib.closing(talk):
         if prompt is None:
-            converse(talk, stack)
+            converse(talk)
         elif json:
             answer = "".join(talk.answer(prompt))
             print_json({"answer": answer, **talk.stats()})
@@ -73,7 +72,6 @@ def chat(
 
 
 def _open(
-    stack: contextlib.ExitStack,
     path: str,
     file: str | None,
     system: str | None,
@@ -88,26 +86,16 @@ def _open(
 
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
-    kept = Path(file) if file else None
-    if kept:
-        stack.enter_context(exclusive(kept))
-    model = load(path, device, DTYPES[dtype] if dtype else None, runtime)
-    if kept and kept.exists():
-        if system is not None:
-            raise SessionError(f"{kept} has begun already: --system is for a new session. Leave it out.")
-        session = Session.load(kept, model)
-    else:
-        session = Session(model, system=system)
-    session.sampling = _sampling(session.sampling, options)
-    return Talk(session, kept)
-
-
-def _sampling(base: Sampling, options: dict[str, Any]) -> Sampling:
-    from pydantic import ValidationError
-
-    try:
-        return type(base).model_validate({**base.model_dump(), **options})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "--" + str(first["loc"][0]).replace("_", "-")
-        raise typer.BadParameter(f"{name} is {first['input']}: {first['msg'].lower()}.") from None
+    kept = Path(file) if file is not None else None
+    with contextlib.ExitStack() as lock:
+        if kept:
+            lock.enter_context(exclusive(kept))
+        model = load(path, device, DTYPES[dtype] if dtype else None, runtime)
+        if kept and kept.exists():
+            if system is not None:
+                raise SessionError(f"{kept} has begun already: --system is for a new session. Leave it out.")
+            session = Session.load(kept, model)
+        else:
+            session = Session(model, system=system)
+        session.sampling = with_options(session.sampling, options)
+        return Talk(session, kept, options, lock.pop_all())

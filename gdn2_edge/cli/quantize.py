@@ -35,8 +35,10 @@ def quantize(
     if recipe is not None:
         chosen = load_recipe(Path(recipe), format, group_size)
     else:
-        chosen = make_recipe({"format": format, **({"group_size": group_size} if group_size else {})}, "quantize")
-    if group_size and chosen.format != "int4" and all(rule.format != "int4" for rule in chosen.rules):
+        chosen = make_recipe(
+            {"format": format, **({} if group_size is None else {"group_size": group_size})}, "quantize"
+        )
+    if group_size is not None and chosen.format != "int4" and all(rule.format != "int4" for rule in chosen.rules):
         raise typer.BadParameter(f"--group-size is for int4; {chosen.format} has one scale a row.")
     path = model_path(src)
     plan = quantize_checkpoint(path, out, chosen, dry_run=True)

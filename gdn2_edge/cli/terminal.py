@@ -19,6 +19,7 @@ from gdn2_edge.cli.render import megabytes, printable
 from gdn2_edge.errors import Gdn2EdgeError, SessionError
 
 if TYPE_CHECKING:
+    from gdn2_edge.generate.sampler import Sampling
     from gdn2_edge.generate.session import Session
 
 HELP = """\
@@ -38,10 +39,12 @@ UNKNOWN_MODEL = (
 
 @dataclass
 class Talk:
-    """A session, the file that keeps it, and what the last answer took."""
+    """A session, the file that keeps it and is held by `lock`, the sampling options that were asked for."""
 
     session: Session
     file: Path | None
+    options: dict[str, Any]
+    lock: contextlib.ExitStack
     max_tokens: int = 512
     quiet: bool = False
     seconds: float = 0.0
@@ -64,6 +67,26 @@ class Talk:
             if self.file and self.session.position != fed and not failed:
                 self.session.save(self.file)
 
+    def close(self) -> None:
+        """Let go of the session file."""
+        self.lock.close()
+
+    def holds(self, file: Path) -> bool:
+        return self.file is not None and file.resolve() == self.file.resolve()
+
+    @contextlib.contextmanager
+    def moving_to(self, file: Path) -> Iterator[None]:
+        """From here on `file` keeps the session and is held instead of the old one, if the block ends well."""
+        from gdn2_edge.generate.session import exclusive
+
+        with contextlib.ExitStack() as new:
+            if not self.holds(file):
+                new.enter_context(exclusive(file))
+            yield
+            if not self.holds(file):
+                self.lock.close()
+                self.lock, self.file = new.pop_all(), file
+
     def stats(self) -> dict[str, Any]:
         spoken = self.session.answer_tokens
         return {
@@ -74,6 +97,18 @@ class Talk:
             "tokens_fed": self.session.position,
             "state_bytes": self.session.state_bytes,
         }
+
+
+def with_options(base: Sampling, options: dict[str, Any]) -> Sampling:
+    """`base` with the options of the command line in their places; BadParameter names one out of range."""
+    from pydantic import ValidationError
+
+    try:
+        return type(base).model_validate({**base.model_dump(), **options})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "--" + str(first["loc"][0]).replace("_", "-")
+        raise typer.BadParameter(f"{name} is {first['input']}: {first['msg'].lower()}.") from None
 
 
 @contextlib.contextmanager
@@ -105,8 +140,8 @@ def print_answer(talk: Talk, text: str) -> None:
         print(f"\033[2m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr)
 
 
-def converse(talk: Talk, stack: contextlib.ExitStack) -> None:
-    """Read lines and answer them until /quit or Ctrl-D. Session files are held in `stack`."""
+def converse(talk: Talk) -> None:
+    """Read lines and answer them until /quit or Ctrl-D."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings
 
@@ -125,7 +160,7 @@ def converse(talk: Talk, stack: contextlib.ExitStack) -> None:
             break
         try:
             if text.startswith("/"):
-                _command(talk, text, stack)
+                _command(talk, text)
             elif text:
                 print_answer(talk, text)
         except KeyboardInterrupt:
@@ -152,16 +187,17 @@ def _greet(talk: Talk) -> None:
     if talk.quiet:
         return
     about = talk.session.tokenizer.config
-    print(textwrap.fill(printable(about.description) or UNKNOWN_MODEL, min(100, shutil.get_terminal_size().columns)))
+    width = min(100, shutil.get_terminal_size().columns)
+    print(textwrap.fill(printable(about.description) or UNKNOWN_MODEL, width))
     if talk.session.position:
         print(f"Going on at {talk.session.position:,} tokens; state {megabytes(talk.session.state_bytes)}.")
     elif about.example_prompts:
-        print(printable("Try: " + "  |  ".join(about.example_prompts)))
+        print(textwrap.fill(printable("Try: " + "  |  ".join(about.example_prompts)), width))
     print(f"{talk.session.runtime.name}. /help lists the commands.\n")
 
 
-def _command(talk: Talk, text: str, stack: contextlib.ExitStack) -> None:
-    from gdn2_edge.generate.session import Session, exclusive
+def _command(talk: Talk, text: str) -> None:
+    from gdn2_edge.generate.session import Session
 
     name, _, argument = text.partition(" ")
     argument = argument.strip()
@@ -169,20 +205,18 @@ def _command(talk: Talk, text: str, stack: contextlib.ExitStack) -> None:
         case "/help":
             print(HELP)
         case "/save" if argument or talk.file:
-            file = Path(argument) if argument else talk.file
-            assert file is not None
-            if file != talk.file:
-                if file.exists():
-                    raise SessionError(f"{file} exists. Choose another name, or /load it.")
-                stack.enter_context(exclusive(file))
-            talk.session.save(file)
-            talk.file = file
+            file = Path(argument).expanduser() if argument else talk.file or Path()
+            if not talk.holds(file) and file.exists():
+                raise SessionError(f"{file} exists. Choose another name, or /load it.")
+            with talk.moving_to(file):
+                talk.session.save(file)
             print(f"{file}: {talk.session.position:,} tokens, state {megabytes(talk.session.state_bytes)}.")
         case "/load" if argument:
-            if Path(argument) != talk.file:
-                stack.enter_context(exclusive(Path(argument)))
-            talk.session = Session.load(argument, talk.session.runtime, talk.session.tokenizer)
-            talk.file = Path(argument)
+            file = Path(argument).expanduser()
+            with talk.moving_to(file):
+                session = Session.load(file, talk.session.runtime, talk.session.tokenizer)
+                session.sampling = with_options(session.sampling, talk.options)
+                talk.session = session
             print(f"Going on at {talk.session.position:,} tokens.")
         case "/undo" | "/reset":
             talk.session.undo() if name == "/undo" else talk.session.reset()

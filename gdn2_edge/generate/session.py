@@ -28,6 +28,7 @@ from gdn2_edge.generate.text import ChatTokenizer, open_text
 from gdn2_edge.runtime import Runtime
 from gdn2_edge.state import State
 
+MESSAGE_BYTES = 64  # what a message takes beside its words
 TRANSCRIPT_BYTES = 64 << 10  # the oldest messages are dropped first: the state is the memory, this is for reading
 UNDO_TURNS = 8
 METADATA_BYTES = 1 << 20
@@ -80,6 +81,7 @@ class Session:
         sampling: how tokens are chosen; None takes what the model's generation_config.json suggests.
     Raises:
         CheckpointError: the model has no tokenizer or no chat template.
+        SessionError: the system message is longer than 64 KiB.
     """
 
     def __init__(
@@ -92,6 +94,8 @@ class Session:
     ) -> None:
         self.runtime = runtime
         self.tokenizer = tokenizer or open_text(runtime.path)
+        if system is not None and len(system.encode(errors="replace")) > TRANSCRIPT_BYTES:
+            raise SessionError(f"The system message is longer than {TRANSCRIPT_BYTES} bytes.")
         self.system = system
         self.sampling = sampling or self.tokenizer.config.sampling()
         self._memory = self._beginning()
@@ -192,7 +196,7 @@ class Session:
         )
         strings = {name: json.dumps(value) for name, value in metadata.model_dump(mode="json").items()}
         try:
-            write_atomically(path, save(self.runtime.export_state(memory.state), strings))
+            write_atomically(path.resolve(), save(self.runtime.export_state(memory.state), strings))
         except OSError as error:
             raise SessionError(f"{path}: the session cannot be written ({error.strerror or error}).") from None
 
@@ -273,7 +277,7 @@ def _capped(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     kept: list[Message] = []
     room = TRANSCRIPT_BYTES
     for message in reversed(messages):
-        size = len(message.content.encode(errors="replace"))
+        size = len(message.content.encode(errors="replace")) + MESSAGE_BYTES
         if size > room:
             if not kept:
                 tail = message.content.encode(errors="replace")[-room:].decode(errors="ignore")
@@ -293,7 +297,8 @@ def exclusive(path: Path) -> Iterator[None]:
     """
     if path.is_dir() or not path.parent.is_dir():
         raise SessionError(f"{path} {'is a folder' if path.is_dir() else 'is in no folder'}, expected a session file.")
-    lock = path.with_name(f".{path.name}.lock")
+    real = path.resolve()  # a link and its file are one session
+    lock = real.with_name(f".{real.name}.lock")
     held = FileLock(lock, timeout=0)
     try:
         held.acquire()

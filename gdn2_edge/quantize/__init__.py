@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn2_edge.checkpoint.files import TensorInfo, companions, identity
+from gdn2_edge.checkpoint.files import TensorInfo, check_apart, companions, identity
 from gdn2_edge.checkpoint.reader import Checkpoint, open_checkpoint
 from gdn2_edge.checkpoint.writer import Job, Progress, write_checkpoint
 from gdn2_edge.errors import FormatError
@@ -69,7 +69,7 @@ def quantize_checkpoint(
     """Quantize the checkpoint `src` into a new folder `dst`.
 
     Args:
-        src: any checkpoint that `open_checkpoint` opens without further words, in fp32, bf16 or fp16.
+        src: a path: any checkpoint that `open_checkpoint` opens without further words, in fp32, bf16 or fp16.
         dst: the folder to make; a run that was interrupted is continued.
         recipe: which format for which tensor.
         dry_run: plan and check only.
@@ -80,6 +80,7 @@ def quantize_checkpoint(
         FormatError: the recipe does not fit, or the source is already quantized.
     """
     src, dst = Path(src), Path(dst)
+    check_apart(src, dst)
     checkpoint = open_checkpoint(src)
     planned = plan(recipe, checkpoint.spec)
     for entry in planned:

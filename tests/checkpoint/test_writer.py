@@ -231,6 +231,26 @@ def test_an_interrupted_run_goes_on(interrupted: Path, tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["at once", "out"]
 
 
+@pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
+def test_a_finished_shard_that_was_damaged_is_made_again(damage: str, interrupted: Path, tmp_path: Path) -> None:
+    shard = sorted((tmp_path / ".out.partial").glob("*.safetensors"))[0]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-5] if damage == "cut" else whole[:-5] + b"wrong")
+    if damage == "gone":
+        shard.unlink()
+    write(interrupted)
+    write(tmp_path / "at once")
+    assert contents(interrupted) == contents(tmp_path / "at once")
+
+
+def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "letter").write_text("mine")
+    with pytest.raises(CheckpointError, match="not of an interrupted run"):
+        write(tmp_path / "out")
+    assert (tmp_path / ".out.partial" / "letter").read_text() == "mine"
+
+
 def test_half_a_shard_is_made_again(interrupted: Path, tmp_path: Path) -> None:
     partial = tmp_path / ".out.partial"
     leftovers = [file for file in partial.iterdir() if file.name.endswith(".tmp")]
