@@ -70,7 +70,7 @@ TARGETS: dict[str, tuple[str, list[str], str]] = {
     "a name that is too long": ("a" * 300, [], "name too long"),
     "a partial folder that is a link": ("linked", [], ".linked.partial is a link"),
     "this folder": (".", [], "exists"),
-    "the folder above": ("..", [], "exists"),
+    "the folder above, which holds a source": ("..", [], "Choose another --out"),
 }
 
 
