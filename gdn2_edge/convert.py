@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn2_edge.checkpoint.files import COMPANIONS, TensorInfo, check_apart, companions, identity, read_json
+from gdn2_edge.checkpoint.files import COMPANIONS, TensorInfo, check_apart, companions, identity, read_file, read_json
 from gdn2_edge.checkpoint.reader import Checkpoint, open_checkpoint
 from gdn2_edge.checkpoint.sentencepiece import tokenizer_from_sentencepiece
 from gdn2_edge.checkpoint.writer import Job, Progress, write_checkpoint
@@ -145,16 +145,7 @@ def _text_files(tokenizer: str | Path | None, chat_template: str | Path | None) 
         if path.suffix == ".model":
             files["tokenizer.json"] = tokenizer_from_sentencepiece(path).encode()
         else:
-            files["tokenizer.json"] = _read(path, COMPANIONS["tokenizer.json"])
+            files["tokenizer.json"] = read_file(path, COMPANIONS["tokenizer.json"])
     if chat_template is not None:
-        files["chat_template.jinja"] = _read(Path(chat_template), COMPANIONS["chat_template.jinja"])
+        files["chat_template.jinja"] = read_file(Path(chat_template), COMPANIONS["chat_template.jinja"])
     return files
-
-
-def _read(path: Path, limit: int) -> bytes:
-    try:
-        if path.stat().st_size > limit:
-            raise CheckpointError(f"{path} is {path.stat().st_size} bytes, expected at most {limit}.")
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None

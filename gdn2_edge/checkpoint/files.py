@@ -91,8 +91,6 @@ def read_file(path: Path, limit: int) -> bytes:
         if size > limit:
             raise CheckpointError(f"{path.name} is {size} bytes, expected at most {limit}.")
         return path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: there is no {path.name}.") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
 
@@ -140,14 +138,12 @@ class SafetensorsFiles:
         self.path = path
         self.infos: dict[str, TensorInfo] = {}
         self._handles: dict[str, Any] = {}
-        self.metadata: dict[str, str] = {}
         for file in files:
             if not file.is_file():
                 raise CheckpointError(f"{file} is not a file.")
             try:
                 handle = safe_open(file, framework="pt")
                 names = list(handle.keys())
-                self.metadata |= handle.metadata() or {}
             except (SafetensorError, OSError, MemoryError, ValueError) as error:
                 raise CheckpointError(
                     f"{file.name} is not a whole safetensors file ({str(error)[:100]}). Was it copied completely?"
