@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from gdn2_edge.errors import BackendError, CheckpointError
-from gdn2_edge.model import load_model
+from gdn2_edge.model import WeightSource, load_model
 from gdn2_edge.runtime import Runtime
 
 MODEL_NAMES = {"tiny": Path(__file__).parent / "assets" / "tiny"}
@@ -25,12 +25,15 @@ def model_path(path_or_name: str | Path) -> Path:
 
 
 def load(
-    path_or_name: str | Path, device: str = "auto", dtype: torch.dtype | None = None, runtime: str = "auto"
+    source: str | Path | WeightSource,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    runtime: str = "auto",
 ) -> Runtime:
     """Load a model.
 
     Args:
-        path_or_name: a checkpoint folder, or "tiny" for the model that comes with the package.
+        source: a checkpoint folder, "tiny" for the model that comes with the package, or a `WeightSource`.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         dtype: of the activations; None is fp32 on a CPU and bf16 on a GPU.
         runtime: "auto" or "torch".
@@ -42,4 +45,6 @@ def load(
     """
     if runtime not in RUNTIMES:
         raise BackendError(f"runtime {runtime!r} is unknown, expected one of {', '.join(RUNTIMES)}.")
-    return load_model(model_path(path_or_name), device, dtype)
+    if isinstance(source, (str, Path)):
+        source = model_path(source)
+    return load_model(source, device, dtype)

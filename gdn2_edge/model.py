@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gdn2_edge.checkpoint.reader import Checkpoint, open_checkpoint
+from gdn2_edge.checkpoint.reader import open_checkpoint
 from gdn2_edge.errors import BackendError
 from gdn2_edge.forward import forward, head
 from gdn2_edge.kernels.linear import prepare
@@ -108,11 +111,25 @@ class Model(Runtime):
         return tokens.to(self.device)
 
 
-def load_model(path: Path, device: str = "auto", dtype: torch.dtype | None = None) -> Model:
+class WeightSource(Protocol):
+    """Weights by canonical name: a `Checkpoint`, or what stands in for one."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def weight(self, name: str) -> Weight:
+        """One tensor in its stored layout."""
+
+
+def load_model(source: Path | WeightSource, device: str = "auto", dtype: torch.dtype | None = None) -> Model:
     """Read a checkpoint folder into a `Model`.
 
     Args:
-        path: a folder that `gdn2-edge convert` or `quantize` made, or anything else `open_checkpoint` opens.
+        source: a folder that `gdn2-edge convert` or `quantize` made, anything else `open_checkpoint` opens, or
+            what it opened.
         device: "cpu", "cuda", "cuda:N", or "auto" (a GPU if there is one).
         dtype: of the activations; None is fp32 on a CPU and bf16 on a GPU. Weights stay as they are stored.
     Raises:
@@ -120,12 +137,14 @@ def load_model(path: Path, device: str = "auto", dtype: torch.dtype | None = Non
         BackendError: the device is not there.
     """
     where = pick_device(device)
-    checkpoint = open_checkpoint(path)
+    if isinstance(source, Path):
+        source = open_checkpoint(source)
     if dtype is None:
         dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise BackendError(f"dtype is {dtype!r}, expected torch.float32, torch.bfloat16 or torch.float16.")
-    return Model(checkpoint.spec, _read_weights(checkpoint, where), where, dtype, checkpoint.fingerprint, path)
+    weights = WeightReader(source, where).model()
+    return Model(source.spec, weights, where, dtype, source.fingerprint, source.path)
 
 
 def pick_device(device: str) -> torch.device:
@@ -150,52 +169,63 @@ def pick_device(device: str) -> torch.device:
     return found
 
 
-def _read_weights(checkpoint: Checkpoint, device: torch.device) -> ModelWeights:
-    """Every weight on the device, in memory of its own: the file may change or go while the model runs."""
+@dataclass(frozen=True)
+class WeightReader:
+    """Weights on a device, in memory of their own: the file may change or go while the model runs.
 
-    def get(*names: str) -> Weight:
-        weights = [checkpoint.weight(name) for name in names]
-        return _moved(join(names[0] if len(names) == 1 else "+".join(names), weights), device, weights)
+    `ready` makes of a matrix what products are done with.
+    """
 
-    def product(*names: str) -> Weight:
-        return prepare(get(*names))
+    source: WeightSource
+    device: torch.device
+    ready: Callable[[Weight], Weight] = prepare
 
-    def vector(*names: str) -> Weight:
-        weight = get(*names)
-        return Dense(weight.name, weight.rows(slice(None)))
+    def model(self) -> ModelWeights:
+        return ModelWeights(
+            embed=self._get("embed.weight"),
+            layers=tuple(self.layer(i) for i in range(self.source.spec.num_layers)),
+            ln_f=self.vector("ln_f.weight"),
+            lm_head=self.product("lm_head.weight"),
+        )
 
-    def layer(i: int, kind: str) -> Layer:
+    def layer(self, i: int) -> Layer:
         own = f"layers.{i}."
         mlp = Mlp(
-            vector(own + "norm_2.weight"),
-            product(own + "w1.weight", own + "w2.weight"),
-            product(own + "w3.weight"),
+            self.vector(own + "norm_2.weight"),
+            self.product(own + "w1.weight", own + "w2.weight"),
+            self.product(own + "w3.weight"),
         )
-        norm, o_proj = vector(own + "norm_1.weight"), product(own + "o_proj.weight")
+        norm, o_proj = self.vector(own + "norm_1.weight"), self.product(own + "o_proj.weight")
         inputs = [own + f"{name}_proj.weight" for name in "qkv"]
-        if kind == "sliding_attention":
-            return AttentionLayer(norm, product(*inputs), o_proj, mlp)
+        if self.source.spec.layer_types[i] == "sliding_attention":
+            return AttentionLayer(norm, self.product(*inputs), o_proj, mlp)
         inputs += [own + name for name in ("b_proj.weight", "w_proj.weight", "f_proj.0.weight", "g_proj.0.weight")]
         return Gdn2Layer(
             norm=norm,
-            in_proj=product(*inputs),
-            conv=vector(*(own + f"{name}_conv1d.weight" for name in "qkv")),
-            f_proj=product(own + "f_proj.1.weight"),
-            g_proj=product(own + "g_proj.1.weight"),
-            g_bias=vector(own + "g_proj.1.bias"),
-            A_log=vector(own + "A_log"),
-            dt_bias=vector(own + "dt_bias"),
-            o_norm=vector(own + "o_norm.weight"),
+            in_proj=self.product(*inputs),
+            conv=self.vector(*(own + f"{name}_conv1d.weight" for name in "qkv")),
+            f_proj=self.product(own + "f_proj.1.weight"),
+            g_proj=self.product(own + "g_proj.1.weight"),
+            g_bias=self.vector(own + "g_proj.1.bias"),
+            A_log=self.vector(own + "A_log"),
+            dt_bias=self.vector(own + "dt_bias"),
+            o_norm=self.vector(own + "o_norm.weight"),
             o_proj=o_proj,
             mlp=mlp,
         )
 
-    return ModelWeights(
-        embed=get("embed.weight"),
-        layers=tuple(layer(i, kind) for i, kind in enumerate(checkpoint.spec.layer_types)),
-        ln_f=vector("ln_f.weight"),
-        lm_head=product("lm_head.weight"),
-    )
+    def product(self, *names: str) -> Weight:
+        """A matrix, or the rows of several that read the same input."""
+        return self.ready(self._get(*names))
+
+    def vector(self, *names: str) -> Weight:
+        """A vector or filters, in fp32."""
+        weight = self._get(*names)
+        return Dense(weight.name, weight.rows(slice(None)))
+
+    def _get(self, *names: str) -> Weight:
+        weights = [self.source.weight(name) for name in names]
+        return _moved(join(names[0] if len(names) == 1 else "+".join(names), weights), self.device, weights)
 
 
 def _moved(weight: Weight, device: torch.device, in_file: list[Weight]) -> Weight:
