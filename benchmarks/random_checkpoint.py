@@ -6,20 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from gdn2_edge.bench.random_weights import random_tensor
 from gdn2_edge.checkpoint.files import TensorInfo
 from gdn2_edge.checkpoint.writer import Job, write_checkpoint
 from gdn2_edge.spec import NAMED_CONFIGS, spec_from_fields
-
-
-def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Matrices as a fresh initialisation has them; A_log and dt_bias so that the decay is moderate."""
-    if len(shape) > 1:
-        return torch.empty(shape).normal_(0, 0.02, generator=generator)
-    if name.endswith("dt_bias"):
-        return torch.full(shape, -4.0)
-    return torch.zeros(shape) if name.endswith(("A_log", "bias")) else torch.ones(shape)
 
 
 def write_random(out: Path, config: str, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -16,23 +17,31 @@ from typing import Any
 
 import torch
 
+from gdn2_edge.bench.machine import cpu_name
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def machine() -> dict[str, Any]:
-    """The processor by name, the cores this process may use, torch's threads, the operating system."""
+    """The processor by name, the cores this process may use, torch's threads, the operating system, the GPU if any."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
+        **gpu,
     }
 
 
 def versions() -> dict[str, str]:
-    """Of Python and torch."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__)}
+    """Of Python, torch and, where it is installed, triton."""
+    try:
+        triton = {"triton": importlib.metadata.version("triton")}
+    except importlib.metadata.PackageNotFoundError:
+        triton = {}
+    return {"python": platform.python_version(), "torch": str(torch.__version__), **triton}
 
 
 def commit() -> str | None:
@@ -71,16 +80,6 @@ def _command() -> str:
     script = Path(sys.argv[0]).resolve()
     shown = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
     return shlex.join(["python", shown, *sys.argv[1:]])
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _git(*arguments: str) -> str:

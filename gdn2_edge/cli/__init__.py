@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from gdn2_edge.cli.bench import bench
 from gdn2_edge.cli.chat import chat
 from gdn2_edge.cli.convert import convert
 from gdn2_edge.cli.inspect import inspect
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, inspect, convert, quantize):
+for command in (chat, inspect, convert, quantize, bench):
     app.command()(command)
 
 MESSAGE_ENDS = 600, 300  # characters shown of a message that is longer than both

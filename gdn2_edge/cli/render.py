@@ -61,6 +61,21 @@ def progress(label: str, quiet: bool) -> Iterator[Callable[[int, int, str], None
 
 
 @contextlib.contextmanager
+def stages(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """One line on stderr for each stage; nothing moves while a stage is timed. Ctrl-C leaves at once."""
+
+    def show(stage: str) -> None:
+        if not quiet and sys.stderr.isatty():
+            print(f"{stage} ...", file=sys.stderr)
+
+    try:
+        yield show
+    except KeyboardInterrupt:
+        print("\nStopped; nothing was kept.", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
 def resumable(command: str) -> Iterator[None]:
     """Say what Ctrl-C left behind: the finished part, which the same command continues."""
     try:

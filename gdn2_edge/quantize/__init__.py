@@ -88,7 +88,7 @@ def quantize_checkpoint(
             raise FormatError(f"{src}: {entry.name} is already quantized. Quantize from the original checkpoint.")
     jobs, errors = [], dict[str, float]()
     for entry in planned:
-        stored = _stored_infos(entry)
+        stored = stored_infos(entry)
         jobs.append(Job(entry.name, stored, _maker(checkpoint, entry, errors)))
     fingerprint = None
     if not dry_run:
@@ -164,7 +164,8 @@ def encode(entry: Planned, values: Tensor) -> Weight:
             return Dense(entry.name, values)
 
 
-def _stored_infos(entry: Planned) -> dict[str, TensorInfo]:
+def stored_infos(entry: Planned) -> dict[str, TensorInfo]:
+    """Stored name -> dtype and shape of the tensors that `encode` makes of a whole tensor."""
     shape, name = entry.shape, entry.name
     match entry.format:
         case "int8" | "fp8":
