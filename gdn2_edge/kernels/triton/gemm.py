@@ -1,0 +1,303 @@
+"""Products of few to many rows with weights in their stored form, on tensor cores.
+
+A tile of a weight is read as it is stored, decoded in registers to exact bf16 and multiplied; its scales come after, in
+fp32. A program makes out^T = W x^T for a tile of W's rows, or a part of that sum over K: weights are the first operand
+because sm_90 takes that one from registers, so what was decoded is never written to shared memory.
+
+Knows the layouts of `gdn2_edge.weights`; knows nothing of what the rows are. How the sums are cut depends on the shapes
+and the bucket of rows alone, so that a row's result depends on no other row, and repeats bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn2_edge.kernels.triton.codes import pair_values, pairs
+from gdn2_edge.kernels.triton.launch import let_next_start, pdl_options, wait_for_previous
+from gdn2_edge.kernels.triton.stored import stored
+from gdn2_edge.weights import Joined, Weight
+
+
+class Tile(NamedTuple):
+    """How one program cuts its work; the rows of x it takes are the key in `TILES`."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# BLOCK_M -> Tile. Each program reads all of x, which is 2 BLOCK_M / BLOCK_N bytes from the L2 a weight beside its own
+# bits: many rows want tall tiles. Shared memory stays below 99 KB.
+_INT4 = {16: Tile(64, 128, 4, 6), 32: Tile(128, 128, 8, 5), 64: Tile(128, 128, 8, 4), 128: Tile(128, 64, 8, 4)}
+_BYTE = {16: Tile(64, 128, 4, 6), 32: Tile(128, 128, 8, 4), 64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 4)}
+_HALF = {16: Tile(64, 64, 4, 7), 32: Tile(64, 64, 4, 6), 64: Tile(128, 64, 8, 4), 128: Tile(128, 64, 8, 3)}
+TILES = {"int4": _INT4, "int8": _BYTE, "fp8": _BYTE, "bf16": _HALF, "fp16": _HALF}
+MAX_BLOCK_M = 128
+SPLIT_X_TILE = Tile(64, 32, 4, 3)  # x and its three bf16 parts lie in shared memory together
+IEEE_BLOCK_M, IEEE_TILE = 16, Tile(32, 16, 4, 2)  # fp32 by fp32, without tensor cores
+AMD_MAX_BLOCK_M, AMD_TILE = 64, Tile(64, 64, 8, 2)  # 64 KB of shared memory, and no spilled registers
+
+# K is cut in 1, 2, 4 or 8 parts: while there are not more programs than this, about one for each SM of a large GPU,
+# and each part has MIN_STEPS of BLOCK_K.
+MAX_PROGRAMS = 160
+MAX_SPLITS = 8
+MIN_STEPS = 3
+# Bytes of each row of a program's weights that are fetched into the L2 while the kernel before still runs.
+PREFETCH_BYTES = tl.constexpr(512)
+
+
+class Scratch(NamedTuple):
+    """Partial sums of products whose K is split; shared by products that follow each other on one stream."""
+
+    partials: Tensor
+    counts: Tensor
+
+
+def product_scratch(device: torch.device) -> Scratch:
+    """About 10 MB; `counts` are zero between products."""
+    largest = max(tile.block_n * block_m for tiles in TILES.values() for block_m, tile in tiles.items())
+    return Scratch(
+        torch.empty(MAX_PROGRAMS * largest, dtype=torch.float32, device=device),
+        torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device),
+    )
+
+
+@triton.jit
+def prefetch_rows(p_rows, num_bytes):
+    """Ask for num_bytes from each pointer of p_rows [N] on into the L2, both multiples of 16; sm_90 and later.
+
+    A warp issues these one lane after another, so threads that hold a row a second time leave it out.
+    """
+    tl.inline_asm_elementwise(
+        """{
+        .reg .u32 thread;
+        .reg .pred is_first;
+        mov.u32 thread, %tid.x;
+        setp.lt.u32 is_first, thread, $3;
+        @is_first cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r,r",
+        [p_rows.to(tl.int64), num_bytes, p_rows.shape[0]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def dot(w, x, acc, IEEE: tl.constexpr):
+    """acc + w x^T for w [N, K] and x [M, K]; IEEE: as fp32, without tensor cores."""
+    if IEEE:
+        return tl.dot(w.to(tl.float32), tl.trans(x.to(tl.float32)), acc, input_precision="ieee")
+    else:
+        return tl.dot(w, tl.trans(x), acc)
+
+
+@triton.jit
+def multiply(w, x, acc, SPLIT_X: tl.constexpr, IEEE: tl.constexpr):
+    """acc + w x^T. SPLIT_X: w is bf16, and x is taken as three bf16, which hold 24 bits; the smallest goes first."""
+    if SPLIT_X:
+        rest = x.to(tl.float32)
+        high = rest.to(tl.bfloat16)
+        rest -= high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        rest -= middle.to(tl.float32)
+        acc = dot(w, rest.to(tl.bfloat16), acc, IEEE)
+        acc = dot(w, middle, acc, IEEE)
+        return dot(w, high, acc, IEEE)
+    else:
+        return dot(w, x, acc, IEEE)
+
+
+@triton.jit
+def product_kernel(
+    p_x,
+    p_weight,
+    p_scale,
+    p_residual,
+    p_out,
+    p_partials,
+    p_counts,
+    M,
+    N,
+    k_units,
+    x_stride,
+    residual_stride,
+    out_stride,
+    K_UNIT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLIT_X: tl.constexpr,
+    IEEE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PTX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out[M, N] = x W^T * scale + residual; grid (rows / BLOCK_M, N / BLOCK_N, SPLITS).
+
+    p_weight points to pairs of codes (see `codes`) or to dense values. GROUP weights of a row share a scale; it is
+    0 where all do. Of the programs of one tile each leaves its fp32 sum in p_partials and counts itself in p_counts,
+    and the one that comes last adds the sums in the order of K.
+    """
+    K = k_units * K_UNIT  # a product, so that the compiler knows how rows are aligned
+    CODED: tl.constexpr = FORMAT == "int4" or FORMAT == "int8" or FORMAT == "fp8"
+    PER_ELEMENT: tl.constexpr = 2 if CODED else 1
+    ELEMENT_BYTES: tl.constexpr = p_weight.dtype.element_ty.primitive_bitwidth // 8
+    PART_K: tl.constexpr = min(BLOCK_K, GROUP) if GROUP > 0 else BLOCK_K  # what one dot takes
+    PARTS: tl.constexpr = BLOCK_K // PART_K
+    row_elements = k_units * (K_UNIT // PER_ELEMENT)
+    i_m, i_n, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    steps = tl.cdiv(K, BLOCK_K)
+    first, last = i_s * steps // SPLITS, (i_s + 1) * steps // SPLITS
+
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_e = tl.arange(0, PART_K // PER_ELEMENT)
+    o_k = tl.arange(0, PART_K)
+    safe_n = tl.where(o_n < N, o_n, 0)
+    p_row = p_weight + safe_n.to(tl.int64) * row_elements
+    start = first * (BLOCK_K // PER_ELEMENT)
+    if PDL and PREFETCH_BYTES > 0 and K_UNIT // PER_ELEMENT * ELEMENT_BYTES % 16 == 0:
+        num_bytes = (tl.minimum(last * (BLOCK_K // PER_ELEMENT), row_elements) - start) * ELEMENT_BYTES
+        prefetch_rows(p_row + start, tl.minimum(num_bytes, PREFETCH_BYTES))
+    if GROUP > 0:
+        p_group = p_scale + safe_n * (K // GROUP)
+        scale = tl.load(p_group + first * BLOCK_K // GROUP)
+    elif CODED:
+        scale = tl.load(p_scale + safe_n)
+    wait_for_previous(PDL)
+    let_next_start(PDL)
+
+    p_w = p_row[:, None] + o_e[None, :]
+    p_xs = p_x + o_m[:, None] * x_stride + o_k[None, :]
+    is_row = (o_m < M)[:, None]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for i in range(first * PARTS, last * PARTS, PARTS):
+        for j in tl.static_range(PARTS):
+            e = (i + j) * (PART_K // PER_ELEMENT)
+            k = (i + j) * PART_K
+            if EVEN_K:
+                w = tl.load(p_w + e)
+                x = tl.load(p_xs + k, mask=is_row, other=0.0)
+            else:
+                w = tl.load(p_w + e, mask=(e + o_e < row_elements)[None, :], other=0)
+                x = tl.load(p_xs + k, mask=is_row & (k + o_k < K)[None, :], other=0.0)
+            if CODED:
+                w = pair_values(w, FORMAT, tl.bfloat16 if SPLIT_X else p_x.dtype.element_ty, PTX)
+            if GROUP > 0:
+                # One part ahead, by hand: the compiler does not pipeline loads this narrow.
+                next_scale = tl.load(p_group + tl.minimum(k + PART_K, K - 1) // GROUP)
+                total, acc = acc, tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            acc = multiply(w, x, acc, SPLIT_X, IEEE)
+            if GROUP > 0:
+                acc = total + acc * scale.to(tl.float32)[:, None]
+                scale = next_scale
+
+    is_last = True
+    if SPLITS > 1:
+        i_tile = i_n * tl.num_programs(0) + i_m
+        o_tile = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        p_tile = p_partials + i_tile * (SPLITS * BLOCK_N * BLOCK_M) + o_tile
+        tl.store(p_tile + i_s * (BLOCK_N * BLOCK_M), acc)
+        tl.debug_barrier()  # every thread's part is written before the program is counted
+        is_last = tl.atomic_add(p_counts + i_tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+        if is_last:
+            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for s in tl.static_range(SPLITS):
+                acc += tl.load(p_tile + s * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+            tl.store(p_counts + i_tile, 0)
+    if is_last:
+        if CODED and GROUP == 0:
+            acc *= scale[:, None]
+        is_inside = (o_m < M)[None, :] & (o_n < N)[:, None]
+        if HAS_RESIDUAL:
+            p_r = p_residual + o_m[None, :] * residual_stride + o_n[:, None]
+            acc += tl.load(p_r, mask=is_inside, other=0.0).to(tl.float32)
+        tl.store(p_out + o_m[None, :] * out_stride + o_n[:, None], acc.to(p_out.dtype.element_ty), mask=is_inside)
+
+
+def product(
+    x: Tensor,
+    weight: Weight,
+    out: Tensor,
+    *,
+    residual: Tensor | None = None,
+    scratch: Scratch | None = None,
+    pdl: bool = False,
+) -> None:
+    """out = x W^T + residual, summed in fp32 from the weight's exact values.
+
+    Args:
+        x: [M, K], bf16, fp16 or fp32, rows contiguous. fp32 is not rounded.
+        weight: [N, K] in any layout, K a multiple of 8.
+        out: [M, N], fp32 or bf16.
+        residual: [M, N], fp32 or bf16; may be `out` itself.
+        scratch: of `product_scratch`; without it K is never split, and few rows of output leave SMs idle.
+        pdl: start while the kernel before still runs; see `launch`.
+    """
+    if isinstance(weight, Joined):
+        start = 0
+        for part in weight.parts:
+            columns = slice(start, start + part.shape[0])
+            rest = None if residual is None else residual[:, columns]
+            product(x, part, out[:, columns], residual=rest, scratch=scratch, pdl=pdl)
+            start += part.shape[0]
+        return
+    (M, K), N = x.shape, weight.shape[0]
+    format, codes, scale, group = stored(weight)
+    is_direct = x.dtype == codes.dtype if scale is None else x.dtype != torch.float32
+    splits_x = not is_direct and (scale is not None or format == "bf16")
+    ieee = format == "fp32" or not (is_direct or splits_x)
+    is_amd = torch.version.hip is not None
+    largest = IEEE_BLOCK_M if ieee else AMD_MAX_BLOCK_M if is_amd else MAX_BLOCK_M
+    block_m = min(largest, max(16, triton.next_power_of_2(M)))
+    tile = IEEE_TILE if ieee else AMD_TILE if is_amd else SPLIT_X_TILE if splits_x else TILES[format][block_m]
+    grid = (triton.cdiv(M, block_m), triton.cdiv(N, tile.block_n))
+    splits = 1
+    if scratch is not None:
+        most = min(MAX_SPLITS, MAX_PROGRAMS // (grid[0] * grid[1]), triton.cdiv(K, tile.block_k) // MIN_STEPS)
+        splits = 1 << max(0, most.bit_length() - 1)
+    k_unit = next(unit for unit in (32, 16, 8) if K % unit == 0)
+    product_kernel[(*grid, splits)](
+        x,
+        pairs(format, codes),
+        scale,
+        residual,
+        out,
+        None if scratch is None or splits == 1 else scratch.partials,
+        None if scratch is None or splits == 1 else scratch.counts,
+        M,
+        N,
+        K // k_unit,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        out.stride(0),
+        K_UNIT=k_unit,
+        FORMAT=format,
+        GROUP=group,
+        SPLIT_X=splits_x,
+        IEEE=ieee or not x.is_cuda,  # the interpreter multiplies no bf16
+        HAS_RESIDUAL=residual is not None,
+        SPLITS=splits,
+        EVEN_K=K % tile.block_k == 0,
+        PTX=x.is_cuda and not is_amd and (splits_x or x.dtype == torch.bfloat16),
+        BLOCK_M=block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        PDL=pdl,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **pdl_options(pdl),
+    )
