@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import torch
 
 from gdn2_edge.errors import BackendError, CheckpointError
-from gdn2_edge.model import WeightSource, load_model
+from gdn2_edge.model import Model, WeightSource, load_model
 from gdn2_edge.runtime import Runtime
 
 MODEL_NAMES = {"tiny": Path(__file__).parent / "assets" / "tiny"}
-RUNTIMES = ("auto", "torch")
+RUNTIMES = ("auto", "torch", "triton")
 
 
 def model_path(path_or_name: str | Path) -> Path:
@@ -36,9 +37,10 @@ def load(
         source: a checkpoint folder, "tiny" for the model that comes with the package, or a `WeightSource`.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         dtype: of the activations; None is fp32 on a CPU and bf16 on a GPU.
-        runtime: "auto" or "torch".
+        runtime: "torch" computes with torch alone; "triton" decodes in fused kernels, on a GPU; "auto" is triton where
+            it can be, torch otherwise.
     Returns:
-        The runtime; for torch a `Model`.
+        The runtime: a `Model`, or for triton a `TritonModel`.
     Raises:
         CheckpointError, SpecError: the checkpoint cannot be read or does not fit together.
         BackendError: the device or the runtime is not there.
@@ -47,4 +49,25 @@ def load(
         raise BackendError(f"runtime {runtime!r} is unknown, expected one of {', '.join(RUNTIMES)}.")
     if isinstance(source, (str, Path)):
         source = model_path(source)
-    return load_model(source, device, dtype)
+    model = load_model(source, device, dtype)
+    if runtime == "torch" or (runtime == "auto" and model.device.type == "cpu"):
+        return model
+    return _fused(model, required=runtime == "triton")
+
+
+def _fused(model: Model, required: bool) -> Model:
+    """The model with fused kernels; where that cannot be and is not required, as it is, with a name that says why."""
+    why = "" if model.device.type == "cuda" else f"it needs a GPU, and the device is {model.device}"
+    if not why and importlib.util.find_spec("triton") is None:
+        why = "the package triton is not installed (pip install triton)"
+    if not why:
+        # Only here: triton is a package of Linux GPUs, and takes a second to import.
+        from gdn2_edge.triton_model import TritonModel, unsupported
+
+        why = unsupported(model.spec, model.weights)
+        if not why:
+            return TritonModel(model.spec, model.weights, model.device, model.ops.dtype, model.fingerprint, model.path)
+    if required:
+        raise BackendError(f"The triton runtime cannot run this: {why}. Use --runtime torch.")
+    model.name += f", without fused kernels: {why}"
+    return model

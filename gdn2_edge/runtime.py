@@ -8,14 +8,23 @@ from typing import Protocol
 
 from torch import Tensor
 
+from gdn2_edge.sampling import Sampling
 from gdn2_edge.spec import ModelSpec
 from gdn2_edge.state import State
 
 
 class Sample(Protocol):
-    """How the next token is chosen: logits [B, V] fp32 and positions [B] -> tokens [B] int64."""
+    """How the next token is chosen: logits [B, V] fp32 and positions [B] -> tokens [B] int64.
+
+    A runtime that chooses on its own device goes by `sampling` and `recent` [B, window] (the tokens chosen lately, -1
+    where none), and says with `record` what it chose.
+    """
+
+    sampling: Sampling
+    recent: Tensor
 
     def __call__(self, logits: Tensor, position: Tensor) -> Tensor: ...
+    def record(self, token: Tensor) -> None: ...
 
 
 class Runtime(ABC):

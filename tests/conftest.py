@@ -8,6 +8,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+# Kernels for GPUs run compiled on a GPU and, where there is none, in Triton's interpreter. Read when triton is imported,
+# which the deterministic mode below does.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from gdn2_edge.loading import model_path
 from gdn2_edge.model import Model, load_model
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn2_edge.kernels.triton.gemv import Activation, write_activation
 from gdn2_edge.kernels.triton.launch import let_next_start, pdl_options, wait_for_previous
 
 # Bounds on the parts. Fewer than three programs a multiprocessor keep too little in flight; beyond eight, or below
@@ -83,8 +84,8 @@ def _attend_part(
     p_base,
     p_offset,
     p_partial,
-    K_RING: tl.constexpr,
-    V_RING: tl.constexpr,
+    k_ring,
+    v_ring,
     WINDOW: tl.constexpr,
     SPLITS: tl.constexpr,
     HK: tl.constexpr,
@@ -110,8 +111,8 @@ def _attend_part(
     p_ring = p_base + tl.load(p_offset + i_batch) * 16 + i_head * D
     o_slot = begin + o_n
     is_held = (o_slot < end) & (o_slot != newest)
-    b_k = _held_rows(p_ring + K_RING, o_slot, is_held, o_d, HK * D, D)
-    b_v = _held_rows(p_ring + V_RING, o_slot, is_held, o_d, HK * D, D)
+    b_k = _held_rows(p_ring + k_ring, o_slot, is_held, o_d, HK * D, D)
+    b_v = _held_rows(p_ring + v_ring, o_slot, is_held, o_d, HK * D, D)
 
     wait_for_previous(PDL)
     p_row = p_qkv + i_batch * ((G + 2) * HK * D)
@@ -123,8 +124,8 @@ def _attend_part(
     b_new_v = tl.load(p_row + (G * HK + HK + i_head) * D + o_d, mask=mask_d, other=0.0)
     if is_owner:
         p_new = p_ring + newest * (HK * D) + o_d
-        tl.store(p_new + K_RING, b_new_k, mask=mask_d)
-        tl.store(p_new + V_RING, b_new_v, mask=mask_d)
+        tl.store(p_new + k_ring, b_new_k, mask=mask_d)
+        tl.store(p_new + v_ring, b_new_v, mask=mask_d)
 
     # Every row of the tile keeps a softmax of its own until the end; the owner's first one starts with this token.
     starts = (o_n == tl.where(is_owner, 0, -1))[None, :]
@@ -135,8 +136,8 @@ def _attend_part(
         for start in range(0, PART, BLOCK_N):
             o_next = begin + start + BLOCK_N + o_n
             is_next_held = (o_next < end) & (o_next != newest)
-            b_next_k = _held_rows(p_ring + K_RING, o_next, is_next_held, o_d, HK * D, D)
-            b_next_v = _held_rows(p_ring + V_RING, o_next, is_next_held, o_d, HK * D, D)
+            b_next_k = _held_rows(p_ring + k_ring, o_next, is_next_held, o_d, HK * D, D)
+            b_next_v = _held_rows(p_ring + v_ring, o_next, is_next_held, o_d, HK * D, D)
             b_s = tl.where(is_held[None, :], tl.sum(b_q[:, None, :] * b_k, 2), float("-inf"))
             b_new_max = tl.maximum(b_max, b_s)
             b_keep, b_p = tl.exp2(b_max - b_new_max), tl.exp2(b_s - b_new_max)
@@ -156,9 +157,13 @@ def _attend_part(
 def _merge_parts(
     p_partial,
     p_out,
+    p_high,
+    p_low,
+    p_unit,
     SPLITS: tl.constexpr,
     D: tl.constexpr,
     PARTIAL: tl.constexpr,
+    PLANES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
@@ -174,7 +179,7 @@ def _merge_parts(
     b_acc = tl.load(p_part[:, None] + o_d[None, :], mask=mask_s[:, None] & mask_d[None, :], other=0.0)
     b_weight = tl.exp2(b_max - tl.max(b_max, 0))
     b_out = tl.sum(b_acc * b_weight[:, None], 0) / tl.sum(b_sum * b_weight, 0)
-    tl.store(p_out + i_head * D + o_d, b_out, mask=mask_d)
+    write_activation(p_out, p_high, p_low, p_unit, b_out, i_head * D + o_d, mask_d, BLOCK_D, True, PLANES)
 
 
 @cache
@@ -234,6 +239,7 @@ def window_decode(
     kv_heads: int,
     head_dim: int,
     window: int,
+    planes: Activation | None = None,
     pdl: bool = False,
 ) -> None:
     """Softmax attention of one token over itself and the window - 1 before it; its k and v enter the rings.
@@ -253,7 +259,8 @@ def window_decode(
         k_ring, v_ring: floats from there to this layer's rings.
         out: fp32 [B, HQ D], written.
         scratch: fp32 of `scratch_shape`, contiguous; its third size is the number of parts.
-        head_dim: D, even.
+        head_dim: D, even; a multiple of 8 with `planes`.
+        planes: where the output also goes as fixed point, for one sequence.
     """
     group, block_d = q_heads // kv_heads, triton.next_power_of_2(head_dim)
     batch, _, splits, partial = scratch.shape
@@ -266,8 +273,8 @@ def window_decode(
         base,
         offset,
         scratch,
-        K_RING=k_ring,
-        V_RING=v_ring,
+        k_ring,
+        v_ring,
         WINDOW=window,
         SPLITS=splits,
         HK=kv_heads,
@@ -283,5 +290,18 @@ def window_decode(
     )
     block_s = triton.next_power_of_2(splits)
     _merge_parts[(batch * q_heads,)](
-        scratch, out, splits, head_dim, partial, block_s, block_d, pdl, num_warps=MERGE_WARPS, **pdl_options(pdl)
+        scratch,
+        out,
+        None if planes is None else planes.high,
+        None if planes is None else planes.low,
+        None if planes is None else planes.unit,
+        SPLITS=splits,
+        D=head_dim,
+        PARTIAL=partial,
+        PLANES=planes is not None,
+        BLOCK_S=block_s,
+        BLOCK_D=block_d,
+        PDL=pdl,
+        num_warps=MERGE_WARPS,
+        **pdl_options(pdl),
     )

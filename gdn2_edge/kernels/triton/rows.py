@@ -1,0 +1,123 @@
+"""What stands between the products of a step besides the mixers: the embedding, norms and gates of rows, the advance.
+
+`embed` opens a step for one sequence or many. The other row kernels serve batches, whose products read bf16 rows;
+a single sequence has their work inside its products (see gemv.py).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gdn2_edge.kernels.triton.gemv import write_activation
+from gdn2_edge.kernels.triton.launch import let_next_start, wait_for_previous
+from gdn2_edge.kernels.triton.stored import load_values
+
+
+@triton.jit
+def embed_kernel(
+    p_token,  # int64 [B]
+    p_w,
+    p_scale,
+    p_gain,  # fp32 [D], of the first norm
+    p_x,  # fp32 [B, D], the residual stream
+    p_values,  # x times gain, as an Activation, for one sequence
+    p_high,
+    p_low,
+    p_unit,
+    p_squares,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    VALUES: tl.constexpr,
+    PLANES: tl.constexpr,
+    HARDWARE_FP8: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """x = the row of each token; VALUES or PLANES: also the first norm's input, and its sums of squares."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = o < D
+    gain = tl.load(p_gain + o, mask, 0.0)
+    wait_for_previous(PDL)
+    let_next_start(PDL)
+    i_b = tl.program_id(1)
+    token = tl.load(p_token + i_b) + tl.zeros((1, 1), tl.int64)
+    x = load_values(p_w, p_scale, token, o[None, :], token >= 0, mask[None, :], D, FORMAT, GROUP, HARDWARE_FP8)
+    x = x.reshape(BLOCK)
+    tl.store(p_x + i_b * D + o, x, mask)
+    if VALUES or PLANES:
+        tl.store(p_squares + tl.program_id(0), tl.sum(x * x))
+        write_activation(p_values, p_high, p_low, p_unit, x * gain, o, mask, BLOCK, VALUES, PLANES)
+
+
+@triton.jit
+def rms_rows_kernel(p_x, p_gain, p_out, eps, D: tl.constexpr, D_2: tl.constexpr, PDL: tl.constexpr):
+    """out [B, D] = RMSNorm(x [B, D] fp32) * gain, in out's type."""
+    o = tl.arange(0, D_2)
+    mask = o < D
+    gain = tl.load(p_gain + o, mask, 0.0)
+    wait_for_previous(PDL)
+    let_next_start(PDL)
+    i_b = tl.program_id(0)
+    x = tl.load(p_x + i_b * D + o, mask, 0.0)
+    x *= tl.rsqrt(tl.sum(x * x) / D + eps) * gain
+    tl.store(p_out + i_b * D + o, x.to(p_out.dtype.element_ty), mask)
+
+
+@triton.jit
+def head_rows_kernel(
+    p_values,
+    p_squares,
+    p_out,
+    eps,
+    HEADS: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_2: tl.constexpr,
+    PARTS: tl.constexpr,
+    NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out [B, HEADS, HEAD] = values; with NORM times the RMS factor of each head, from squares [B, HEADS, PARTS]."""
+    wait_for_previous(PDL)
+    let_next_start(PDL)
+    row = tl.program_id(1) * HEADS + tl.program_id(0)
+    o = tl.arange(0, HEAD_2)
+    x = tl.load(p_values + row * HEAD + o, o < HEAD, 0.0)
+    if NORM:
+        squares = tl.load(p_squares + row * PARTS)
+        for i in tl.static_range(1, PARTS):
+            squares += tl.load(p_squares + row * PARTS + i)
+        x *= tl.rsqrt(squares / HEAD + eps)
+    tl.store(p_out + row * HEAD + o, x.to(p_out.dtype.element_ty), o < HEAD)
+
+
+@triton.jit
+def glu_rows_kernel(p_y, p_out, F: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """out [B, F] = silu(y[:, :F]) * y[:, F:]."""
+    wait_for_previous(PDL)
+    let_next_start(PDL)
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = o < F
+    p_y += tl.program_id(1).to(tl.int64) * (2 * F)
+    y = tl.load(p_y + o, mask, 0.0)
+    x = y / (1.0 + tl.exp(-y)) * tl.load(p_y + F + o, mask, 0.0)
+    tl.store(p_out + tl.program_id(1) * F + o, x.to(p_out.dtype.element_ty), mask)
+
+
+@triton.jit
+def advance_kernel(p_position, p_source, p_target, p_spare, B, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """A token more is fed: what was just written is read next, and what was read is the last to be written over."""
+    wait_for_previous(PDL)
+    let_next_start(PDL)
+    o = tl.arange(0, BLOCK)
+    mask = o < B
+    tl.store(p_position + o, tl.load(p_position + o, mask, 0) + 1, mask)
+    source, target, spare = (
+        tl.load(p_source + o, mask, 0),
+        tl.load(p_target + o, mask, 0),
+        tl.load(p_spare + o, mask, 0),
+    )
+    tl.store(p_source + o, target, mask)
+    tl.store(p_target + o, spare, mask)
+    tl.store(p_spare + o, source, mask)

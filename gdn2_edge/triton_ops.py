@@ -1,0 +1,396 @@
+"""One decode step in fused kernels: the same model as `forward.py`, as a fixed list of launches.
+
+`DecodeStep` knows the layers, the spec and where a sequence's state lies in memory; the kernels know none of them. It
+allocates everything it writes when it is made, so that its launches can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from gdn2_edge.kernels.triton import attention, gemm, recurrence, rows, sample
+from gdn2_edge.kernels.triton.gemv import BOTH_FORMS, Activation, Forms, gemv, make_activation, num_programs
+from gdn2_edge.kernels.triton.launch import Gpu, cdiv, gpu_of, next_power_of_2, pdl_options
+from gdn2_edge.kernels.triton.stored import WEIGHTS_PER_WORD, stored
+from gdn2_edge.ops import AttentionLayer, Gdn2Layer, Layer, ModelWeights
+from gdn2_edge.spec import ModelSpec
+from gdn2_edge.state import Gdn2State, LayerState, State, WindowState
+from gdn2_edge.weights import Dense, Int4, Int8, Joined, Weight
+
+OFFSET_FLOATS = 16  # tables of states count in these, so that kernels know how addresses are aligned
+EMBED_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """Where the tensors of a state lie in one flat fp32 block, in floats; rings, written in place, in another.
+
+    offsets: by the tensor's name without its layer, one for each layer ("conv", "S", "ring_k", "ring_v").
+    """
+
+    offsets: tuple[dict[str, int], ...]
+    shapes: tuple[dict[str, tuple[int, ...]], ...]
+    block_floats: int
+    ring_floats: int
+
+    @staticmethod
+    def of(spec: ModelSpec) -> StateLayout:
+        """The layout for a model."""
+        offsets: list[dict[str, int]] = []
+        shapes: list[dict[str, tuple[int, ...]]] = []
+        sizes = {"block": 0, "ring": 0}
+        all_shapes = spec.state_shapes(1)
+        for i in range(spec.num_layers):
+            prefix = f"layers.{i}."
+            here = {name.removeprefix(prefix): s[1:] for name, s in all_shapes.items() if name.startswith(prefix)}
+            places: dict[str, int] = {}
+            for name, shape in here.items():
+                kind = "ring" if name.startswith("ring") else "block"
+                places[name] = sizes[kind]
+                sizes[kind] += -(-prod(shape) // OFFSET_FLOATS) * OFFSET_FLOATS
+            offsets.append(places)
+            shapes.append(here)
+        return StateLayout(tuple(offsets), tuple(shapes), max(sizes["block"], 16), max(sizes["ring"], 16))
+
+    def views(self, position: Tensor, block: Tensor, ring: Tensor) -> State[Tensor]:
+        """The state in `block` [B, block_floats] and `ring` [B, ring_floats], sharing their memory."""
+        layers: list[LayerState[Tensor]] = []
+        for places, shapes in zip(self.offsets, self.shapes, strict=True):
+            views = {}
+            for name, place in places.items():
+                memory = ring if name.startswith("ring") else block
+                views[name] = memory[:, place : place + prod(shapes[name])].unflatten(1, shapes[name])
+            layers.append(WindowState(**views) if "ring_k" in views else Gdn2State(**views))
+        return State(position, tuple(layers))
+
+
+def unsupported(spec: ModelSpec, weights: ModelWeights) -> str:
+    """Why the fused step cannot run a model, in words; empty if it can."""
+    for layer in weights.layers:
+        for weight in (*_parts(layer.in_proj), layer.o_proj, layer.mlp.w12, layer.mlp.w3):
+            if why := _unsuited(weight):
+                return why
+        if isinstance(layer, Gdn2Layer) and spec.head_v_dim % 8:
+            return f"head_v_dim is {spec.head_v_dim}, expected a multiple of 8"
+    if spec.attention_head_dim % 8:
+        return f"head_dim is {spec.attention_head_dim}, expected a multiple of 8"
+    if spec.hidden_size % 8 or spec.intermediate_size % 8:
+        return f"hidden_size {spec.hidden_size} or intermediate_size {spec.intermediate_size} is no multiple of 8"
+    return next((why for part in _parts(weights.lm_head) if (why := _unsuited(part))), "")
+
+
+def _unsuited(weight: Weight) -> str:
+    if isinstance(weight, Joined):
+        return f"{weight.name} has parts of several formats"
+    vector = 4 * WEIGHTS_PER_WORD[stored(weight)[0]]
+    if weight.shape[1] % vector:
+        return f"{weight.name} has {weight.shape[1]} inputs, expected a multiple of {vector}"
+    return ""
+
+
+def _parts(weight: Weight) -> tuple[Weight, ...]:
+    return weight.parts if isinstance(weight, Joined) else (weight,)
+
+
+def _forms(*readers: Weight) -> Forms:
+    integers = [isinstance(part, Int8 | Int4) for weight in readers for part in _parts(weight)]
+    return Forms(values=not all(integers), planes=any(integers))
+
+
+def _vector(weight: Weight) -> Tensor:
+    """A norm, bias or filter as the kernels read it."""
+    if isinstance(weight, Dense) and weight.data.dtype == torch.float32:
+        return weight.data
+    return weight.rows(slice(None))
+
+
+class DecodeStep:
+    """The launches of one token for each of `batch` sequences.
+
+    Attributes, all in device memory, written by whoever starts a step and read by its kernels:
+        token: int64 [B], to be fed.
+        position: int64 [B], tokens before it; grows by one.
+        source, target, spare: int64 [B], states before and after the token and the one to be written next, as offsets
+            from `base` in units of 16 floats; they change places at the end of a step.
+        ring: int64 [B], the same for the rings.
+        options, recent: of the sampling, see `kernels.triton.sample`.
+    And `logits` fp32 [B, V], which the step writes; with `choose` it also replaces `token` by the next one.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: ModelWeights, base: Tensor, batch: int) -> None:
+        device = base.device
+        self.spec, self.weights, self.base, self.batch = spec, weights, base, batch
+        self.layout = StateLayout.of(spec)
+        self.gpu: Gpu = gpu_of(device)
+        self.num_launches = 0
+
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.control = integers(6, batch)
+        self.token, self.position, self.source, self.target, self.spare, self.ring = self.control
+        self.options = integers(batch, sample.COLUMNS)
+        self.recent = torch.full((batch, sample.MAX_WINDOW), -1, dtype=torch.int64, device=device)
+        self.logits = floats(batch, spec.vocab_size)
+        self.sample_scratch = sample.make_scratch(batch, spec.vocab_size, device)
+
+        hidden, ff = spec.hidden_size, spec.intermediate_size
+        widest = max(layer.in_proj.shape[0] for layer in weights.layers)
+        self.x = floats(batch, hidden)
+        self.y = floats(batch * widest)
+        self.block_v = 32 if spec.head_v_dim % 32 == 0 else 8
+        parts = spec.head_v_dim // self.block_v
+        single = batch == 1
+        self.inputs = [make_activation(hidden, (-(-hidden // EMBED_BLOCK),), device)]
+        self.after_mixer, self.after_glu = [], []
+        for layer in weights.layers if single else ():
+            self.after_mixer.append(make_activation(hidden, (num_programs(layer.o_proj, "add", self.gpu),), device))
+            self.after_glu.append(make_activation(ff, (1,), device))
+            self.inputs.append(make_activation(hidden, (num_programs(layer.mlp.w3, "add", self.gpu),), device))
+        self.mixed = make_activation(spec.value_dim * batch, (spec.num_v_heads * batch, parts), device)
+        self.mixer_vectors = floats(batch, spec.num_v_heads, parts, 4, next_power_of_2(spec.head_k_dim))
+        if spec.kv_heads:
+            q_dim, D = spec.q_heads * spec.attention_head_dim, spec.attention_head_dim
+            self.attended = make_activation(q_dim * batch, (1,), device)
+            self.angles = floats(batch, D // 2, 2)
+            shape = attention.scratch_shape(
+                batch,
+                q_heads=spec.q_heads,
+                kv_heads=spec.kv_heads,
+                head_dim=D,
+                window=spec.window,
+                multiprocessors=self.gpu.multiprocessors,
+            )
+            self.attention_scratch = floats(*shape)
+        if not single:
+            half = torch.bfloat16 if device.type == "cuda" else torch.float32  # the interpreter multiplies no bf16
+            self.h = floats(batch, hidden, dtype=half)
+            self.h_mixed = floats(batch, max(spec.value_dim, spec.q_heads * spec.attention_head_dim), dtype=half)
+            self.h_glu = floats(batch, ff, dtype=half)
+            self.glu = floats(batch, 2 * ff)
+            self.product_scratch = gemm.product_scratch(device)
+        self.vectors = {id(w): _vector(w) for w in _small(weights)}
+
+    def launch(self, choose: bool) -> None:
+        """Run the step; with `choose` also sample the next token."""
+        self._embed()
+        for i, layer in enumerate(self.weights.layers):
+            self._layer(i, layer)
+        ln_f = self.vectors[id(self.weights.ln_f)]
+        if self.batch == 1:
+            self._gemv(self.inputs[-1], self.weights.lm_head, "rms", "store", y=self.logits[0])
+        else:
+            self._rms_rows(ln_f)
+            self._product(self.h, self.weights.lm_head, self.logits)
+        block = next_power_of_2(self.batch)
+        self._run(
+            rows.advance_kernel, (1,), self.position, self.source, self.target, self.spare, self.batch, BLOCK=block
+        )
+        if choose:
+            logits, scratch = self.logits, self.sample_scratch
+            sample.sample(logits, self.position, self.options, self.recent, self.token, scratch, pdl=self.gpu.pdl)
+
+    def _embed(self) -> None:
+        """The residual stream of each sequence's token."""
+        weight, out = self.weights.embed, self.inputs[0]
+        format, codes, scale, group = stored(weight)
+        first = self.weights.layers[0]
+        forms = _forms(first.in_proj) if self.batch == 1 else Forms(False, False)
+        hidden = self.spec.hidden_size
+        # The only kernel that waits for the step before to be over: what others read early is then complete.
+        rows.embed_kernel[(cdiv(hidden, EMBED_BLOCK), self.batch)](
+            self.token,
+            codes,
+            scale,
+            self.vectors[id(first.norm)],
+            self.x,
+            out.values,
+            out.high,
+            out.low,
+            out.unit,
+            out.squares,
+            D=hidden,
+            BLOCK=EMBED_BLOCK,
+            FORMAT=format,
+            GROUP=group,
+            VALUES=forms.values,
+            PLANES=forms.planes,
+            HARDWARE_FP8=self.gpu.hardware_fp8,
+            PDL=False,
+        )
+        if self.spec.kv_heads:
+            attention.rotary_angles(self.position, self.spec.rope_base, self.angles, pdl=self.gpu.pdl)
+
+    def _layer(self, i: int, layer: Layer) -> None:
+        weights, eps = self.weights, self.spec.norm_eps
+        is_last = i + 1 == len(weights.layers)
+        next_norm = weights.ln_f if is_last else weights.layers[i + 1].norm
+        next_readers = weights.lm_head if is_last else weights.layers[i + 1].in_proj
+        is_gdn2 = isinstance(layer, Gdn2Layer)
+        mlp_norm, next_norm_values = self.vectors[id(layer.mlp.norm)], self.vectors[id(next_norm)]
+        if self.batch == 1:
+            x, mlp = self.x[0], layer.mlp
+            self._gemv(self.inputs[i], layer.in_proj, "rms", "store", y=self.y)
+            mixed = self._mix(i, layer, _forms(layer.o_proj))
+            self._gemv(
+                mixed, layer.o_proj, "heads" if is_gdn2 else "none", "add",
+                y=x, gain=mlp_norm, out=self.after_mixer[i], forms=_forms(mlp.w12),
+            )  # fmt: skip
+            self._gemv(self.after_mixer[i], mlp.w12, "rms", "glu", out=self.after_glu[i], forms=_forms(mlp.w3))
+            self._gemv(
+                self.after_glu[i], mlp.w3, "none", "add",
+                y=x, gain=next_norm_values, out=self.inputs[i + 1], forms=_forms(next_readers),
+            )  # fmt: skip
+            return
+        self._rms_rows(self.vectors[id(layer.norm)])
+        self._product(self.h, layer.in_proj, self._y(layer))
+        mixed = self._mix(i, layer, Forms(True, False))
+        width = layer.o_proj.shape[1]
+        h_mixed = self.h_mixed.flatten()[: self.batch * width].view(self.batch, width)
+        heads = self.spec.num_v_heads if is_gdn2 else 1
+        self._run(
+            rows.head_rows_kernel,
+            (heads, self.batch),
+            mixed.values,
+            mixed.squares,
+            h_mixed,
+            eps,
+            HEADS=heads,
+            HEAD=width // heads,
+            HEAD_2=next_power_of_2(width // heads),
+            PARTS=mixed.squares.shape[1],
+            NORM=is_gdn2,
+        )
+        self._product(h_mixed, layer.o_proj, self.x, residual=self.x)
+        self._rms_rows(mlp_norm)
+        self._product(self.h, layer.mlp.w12, self.glu)
+        ff = self.spec.intermediate_size
+        self._run(rows.glu_rows_kernel, (cdiv(ff, 512), self.batch), self.glu, self.h_glu, F=ff, BLOCK=512)
+        self._product(self.h_glu, layer.mlp.w3, self.x, residual=self.x)
+
+    def _mix(self, i: int, layer: Layer, forms: Forms) -> Activation:
+        """What stands between the two projections of a mixer."""
+        spec, places = self.spec, self.layout.offsets[i]
+        if isinstance(layer, AttentionLayer):
+            attention.window_decode(
+                self._y(layer),
+                self.position,
+                self.angles,
+                self.base,
+                self.ring,
+                places["ring_k"],
+                places["ring_v"],
+                self.attended.values.view(self.batch, -1),
+                self.attention_scratch,
+                q_heads=spec.q_heads,
+                kv_heads=spec.kv_heads,
+                head_dim=spec.attention_head_dim,
+                window=spec.window,
+                planes=self.attended if forms.planes else None,
+                pdl=self.gpu.pdl,
+            )
+            return self.attended
+        f_format, f, f_scale, f_group = stored(layer.f_proj)
+        g_format, g, g_scale, g_group = stored(layer.g_proj)
+        out, rank = self.mixed, spec.head_v_dim
+        self._run(
+            recurrence.decode_kernel,
+            (cdiv(spec.head_v_dim, self.block_v), spec.num_v_heads, self.batch),
+            self.y,
+            self.base,
+            self.source,
+            self.target,
+            places["conv"],
+            places["S"],
+            self.vectors[id(layer.conv)],
+            f,
+            f_scale,
+            g,
+            g_scale,
+            self.vectors[id(layer.g_bias)],
+            self.vectors[id(layer.A_log)],
+            self.vectors[id(layer.dt_bias)],
+            self.vectors[id(layer.o_norm)],
+            out.values,
+            out.high,
+            out.low,
+            out.unit,
+            out.squares,
+            self.mixer_vectors,
+            layer.in_proj.shape[0],
+            spec.head_k_dim**-0.5,
+            spec.erase_scale,
+            H=spec.num_heads,
+            HV=spec.num_v_heads,
+            K=spec.head_k_dim,
+            V=spec.head_v_dim,
+            RANK=rank,
+            CONV=spec.conv_size,
+            K_2=next_power_of_2(spec.head_k_dim),
+            RANK_2=next_power_of_2(rank),
+            BLOCK_V=self.block_v,
+            F_FORMAT=f_format,
+            F_GROUP=f_group,
+            G_FORMAT=g_format,
+            G_GROUP=g_group,
+            GATE=spec.output_gate,
+            VALUES=forms.values,
+            PLANES=forms.planes,
+            HARDWARE_FP8=self.gpu.hardware_fp8,
+            num_warps=8,
+        )
+        return out
+
+    def _y(self, layer: Layer) -> Tensor:
+        """Results of a layer's in_proj, [B, rows]."""
+        rows = layer.in_proj.shape[0]
+        return self.y[: self.batch * rows].view(self.batch, rows)
+
+    def _gemv(
+        self,
+        x: Activation,
+        weight: Weight,
+        norm: str,
+        output: str,
+        *,
+        y: Tensor | None = None,
+        gain: Tensor | None = None,
+        out: Activation | None = None,
+        forms: Forms = BOTH_FORMS,
+    ) -> None:
+        start = 0
+        for part in _parts(weight):  # several only where results are stored
+            here = y if y is None or output != "store" else y[start : start + part.shape[0]]
+            gemv(
+                x, part, norm=norm, eps=self.spec.norm_eps, output=output, gpu=self.gpu,
+                y=here, gain=gain, out=out, forms=forms,
+            )  # fmt: skip
+            start += part.shape[0]
+
+    def _product(self, x: Tensor, weight: Weight, out: Tensor, residual: Tensor | None = None) -> None:
+        gemm.product(x, weight, out, residual=residual, scratch=self.product_scratch, pdl=self.gpu.pdl)
+
+    def _rms_rows(self, gain: Tensor) -> None:
+        D = self.spec.hidden_size
+        D_2 = next_power_of_2(D)
+        self._run(rows.rms_rows_kernel, (self.batch,), self.x, gain, self.h, self.spec.norm_eps, D=D, D_2=D_2)
+
+    def _run(self, kernel, grid: tuple[int, ...], *args, num_warps: int = 4, **constants) -> None:  # type: ignore[no-untyped-def]
+        kernel[grid](*args, **constants, PDL=self.gpu.pdl, num_warps=num_warps, **pdl_options(self.gpu.pdl))
+
+
+def _small(weights: ModelWeights) -> list[Weight]:
+    """Norms, biases, filters: what the kernels read as fp32 vectors."""
+    vectors = [weights.ln_f]
+    for layer in weights.layers:
+        vectors += [layer.norm, layer.mlp.norm]
+        if isinstance(layer, Gdn2Layer):
+            vectors += [layer.conv, layer.g_bias, layer.A_log, layer.dt_bias, layer.o_norm]
+    return vectors
