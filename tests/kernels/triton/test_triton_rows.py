@@ -1,0 +1,136 @@
+"""What stands between the products of a step, against torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from stored_weights import FORMATS, make_weight
+from torch import Tensor
+
+from gdn2_edge.kernels.triton import rows
+from gdn2_edge.kernels.triton.gemv import make_activation
+from gdn2_edge.kernels.triton.launch import gpu_of, pdl_options
+from gdn2_edge.kernels.triton.stored import stored
+
+EPS = 1e-5
+TOLERANCE = 1e-6  # a few fp32 operations on values of size 1; relative, sums of at most 352 squares included
+PLANE_TOLERANCE = 2**-15  # of the largest of 8 neighbours: 16-bit fixed point
+BF16_TOLERANCE = 2**-7  # one rounding, to nearest on a GPU, towards zero in the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid value) encountered:RuntimeWarning")  # numpy's
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def nans(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, torch.nan, device=device, dtype=dtype)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **constants: Any) -> None:
+    pdl = gpu_of(device).pdl and kernel is not rows.embed_kernel
+    kernel[grid](*args, **constants, PDL=pdl, **pdl_options(pdl))
+
+
+def embed(
+    format: str, channels: int, tokens: list[int], values: bool, planes: bool, hardware_fp8: bool, device: torch.device
+) -> None:
+    weight, gain = make_weight(format, 11, channels, device), normal(channels)
+    name, codes, scale, group = stored(weight)
+    block = 128
+    parts = triton.cdiv(channels, block)
+    x = nans(len(tokens), channels, device=device)
+    out = make_activation(channels, (parts,), device)
+    for buffer in (out.values, out.unit, out.squares):
+        buffer.fill_(torch.nan)
+    launch(
+        rows.embed_kernel, (parts, len(tokens)), torch.tensor(tokens, device=device), codes, scale, gain.to(device),
+        x, out.values, out.high, out.low, out.unit, out.squares, device=device,
+        D=channels, BLOCK=block, FORMAT=name, GROUP=group, VALUES=values, PLANES=planes, HARDWARE_FP8=hardware_fp8,
+    )  # fmt: skip
+    expected = weight.rows(torch.tensor(tokens, device=device))
+    assert torch.equal(x, expected)
+    gained = (expected[-1].cpu() * gain).double()
+    if values:
+        torch.testing.assert_close(out.values.cpu().double(), gained, rtol=TOLERANCE, atol=0)
+    if planes:
+        found = (out.high.double() * 256 + out.low.double()).view(-1, 8).cpu() * out.unit.double().cpu()[:, None]
+        largest = gained.view(-1, 8).abs().amax(1, keepdim=True)
+        assert ((found - gained.view(-1, 8)).abs() <= PLANE_TOLERANCE * largest).all()
+    if values or planes:
+        torch.testing.assert_close(out.squares.sum(), expected.square().sum(), rtol=1e-5, atol=0)
+    assert values or out.values.isnan().all()
+    assert planes or out.unit.isnan().all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_embedding_of_one_sequence(format: str, device: torch.device) -> None:
+    channels = 384 if format == "int4 g128" else 320
+    ways = {False, gpu_of(device).hardware_fp8} if format == "fp8" else {False}
+    for hardware in ways:
+        embed(format, channels, [7], True, True, hardware, device)
+    embed(format, 128, [0], True, False, False, device)
+    embed(format, 128, [10], False, True, False, device)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8"])
+def test_embeddings_of_many(format: str, device: torch.device) -> None:
+    embed(format, 96, [10, 0, 3, 3, 7], False, False, False, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [8, 96, 352])
+def test_norm_of_rows(channels: int, dtype: torch.dtype, device: torch.device) -> None:
+    x, gain = normal(3, channels) * torch.tensor([[1.0], [1e-4], [0.0]]), normal(channels)
+    out = nans(3, channels, device=device, dtype=dtype)
+    D_2 = triton.next_power_of_2(channels)
+    launch(rows.rms_rows_kernel, (3,), x.to(device), gain.to(device), out, EPS, device=device, D=channels, D_2=D_2)
+    expected = F.rms_norm(x.double(), (channels,), gain.double(), EPS)
+    rtol = TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(("heads", "head", "parts"), [(3, 24, 3), (1, 40, 1), (2, 64, 2)])
+def test_norm_of_heads(heads: int, head: int, parts: int, norm: bool, device: torch.device) -> None:
+    values, squares = normal(2, heads, head), normal(2, heads, parts).abs()
+    values[1, 0, 3] = torch.nan  # stays in its place
+    out = nans(2, heads, head, device=device)
+    launch(
+        rows.head_rows_kernel, (heads, 2), values.to(device), squares.to(device), out, EPS, device=device,
+        HEADS=heads, HEAD=head, HEAD_2=triton.next_power_of_2(head), PARTS=parts, NORM=norm,
+    )  # fmt: skip
+    factor = torch.rsqrt(squares.double().sum(2, keepdim=True) / head + EPS) if norm else 1.0
+    expected = values.double() * factor
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=TOLERANCE, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("channels", [8, 96, 352])
+def test_glu_of_rows(channels: int, device: torch.device) -> None:
+    y = normal(3, 2 * channels)
+    y[0, 0], y[0, 1], y[1, 2], y[2, channels + 5] = 200.0, -200.0, torch.nan, torch.nan
+    out = nans(3, channels, device=device)
+    launch(rows.glu_rows_kernel, (triton.cdiv(channels, 64), 3), y.to(device), out, device=device, F=channels, BLOCK=64)
+    first, second = y.double().chunk(2, 1)
+    # Of the size of the factors: the exponential of 4 has lost two bits of a factor of 4.
+    torch.testing.assert_close(
+        out.cpu().double(), F.silu(first) * second, rtol=4 * TOLERANCE, atol=1e-9, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_advance(batch: int, device: torch.device) -> None:
+    """Positions grow, and three places of a state change their roles; what stands after them stays."""
+    random = torch.Generator().manual_seed(batch)
+    tables = torch.randint(0, 2**40, (4, batch + 2), generator=random)
+    position, source, target, spare = (row.to(device, copy=True) for row in tables)
+    block = triton.next_power_of_2(batch)
+    launch(rows.advance_kernel, (1,), position, source, target, spare, batch, device=device, BLOCK=block)
+    expected = tables.clone()
+    expected[0, :batch] += 1
+    expected[1:, :batch] = tables[[2, 3, 1], :batch]
+    assert torch.equal(torch.stack([position, source, target, spare]).cpu(), expected)
