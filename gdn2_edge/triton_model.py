@@ -21,20 +21,31 @@ from gdn2_edge.model import Model
 from gdn2_edge.ops import ModelWeights
 from gdn2_edge.runtime import Sample
 from gdn2_edge.spec import ModelSpec
-from gdn2_edge.state import State
-from gdn2_edge.triton_ops import OFFSET_FLOATS, DecodeStep, StateLayout
+from gdn2_edge.state import LayerState, State
+from gdn2_edge.triton_ops import OFFSET_FLOATS, DecodeStep, StateLayout, TritonOps
 from gdn2_edge.triton_ops import unsupported as unsupported
 
 MAX_BATCH = 128
 NOT_FINITE = "The model's logits are not finite: its weights are damaged or hold NaN."
 
 
-@dataclass(frozen=True)
 class BlockState(State[Tensor]):
-    """A state whose tensors are views of `block` [B, floats] and `ring`; `position` is on the CPU, where it is read."""
+    """A state in `block` [B, floats] and `ring` [B, floats]. Its tensors are views, made when they are asked for.
 
+    `position` is on the CPU, where it is read.
+    """
+
+    def __init__(self, layout: StateLayout, position: Tensor, block: Tensor, ring: Tensor) -> None:
+        for name, value in (("layout", layout), ("position", position), ("block", block), ("ring", ring)):
+            object.__setattr__(self, name, value)
+
+    layout: StateLayout
     block: Tensor
     ring: Tensor
+
+    @property
+    def layers(self) -> tuple[LayerState[Tensor], ...]:
+        return self.layout.views(self.position, self.block, self.ring).layers
 
 
 @dataclass
@@ -181,6 +192,7 @@ class TritonModel(Model):
         path: Path = Path(),
     ) -> None:
         super().__init__(spec, weights, device, dtype, fingerprint, path)
+        self.ops = TritonOps(dtype)
         self.layout = StateLayout.of(spec)
         self.name = f"triton on {device}, {str(dtype)[6:]} activations in prompts"
         self._base = torch.zeros(OFFSET_FLOATS, device=device)
@@ -262,8 +274,7 @@ class TritonModel(Model):
         return self._decoders[bucket]
 
     def _state(self, position: Tensor, block: Tensor, ring: Tensor) -> BlockState:
-        layers = self.layout.views(position, block, ring).layers
-        return BlockState(position, layers, block, ring)
+        return BlockState(self.layout, position, block, ring)
 
     def _at_rest(self, state: State[Tensor]) -> BlockState:
         """The state in one block a sequence."""

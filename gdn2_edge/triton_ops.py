@@ -1,7 +1,8 @@
-"""One decode step in fused kernels: the same model as `forward.py`, as a fixed list of launches.
+"""GDN-2 on a GPU: `TritonOps`, the verbs for prompts, and `DecodeStep`, one token as a fixed list of fused kernels.
 
-`DecodeStep` knows the layers, the spec and where a sequence's state lies in memory; the kernels know none of them. It
-allocates everything it writes when it is made, so that its launches can be captured in a CUDA graph.
+`DecodeStep` is the same model as `forward.py`. It knows the layers, the spec and where a sequence's state lies in
+memory; the kernels know none of them. It allocates everything it writes when it is made, so that its launches can be
+captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -10,19 +11,53 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gdn2_edge.kernels.triton import attention, gemm, recurrence, rows, sample
+from gdn2_edge.kernels.triton.chunk import chunk_gated_delta_rule2
+from gdn2_edge.kernels.triton.expand import expand
+from gdn2_edge.kernels.triton.fused_recurrent import recurrent_gated_delta_rule2
 from gdn2_edge.kernels.triton.gemv import BOTH_FORMS, Activation, Forms, gemv, make_activation, num_programs
 from gdn2_edge.kernels.triton.launch import Gpu, cdiv, gpu_of, next_power_of_2, pdl_options
 from gdn2_edge.kernels.triton.stored import WEIGHTS_PER_WORD, stored
 from gdn2_edge.ops import AttentionLayer, Gdn2Layer, Layer, ModelWeights
 from gdn2_edge.spec import ModelSpec
 from gdn2_edge.state import Gdn2State, LayerState, State, WindowState
+from gdn2_edge.torch_ops import TorchOps
 from gdn2_edge.weights import Dense, Int4, Int8, Joined, Weight
 
 OFFSET_FLOATS = 16  # tables of states count in these, so that kernels know how addresses are aligned
 EMBED_BLOCK = 128
+# Up to so many tokens a product reads the stored weights; beyond, they are expanded once and multiplied by cuBLAS.
+FEW_ROWS = 128
+# From so many tokens on the chunked form of the recurrence is taken.
+CHUNK_MIN_TOKENS = 64
+
+
+class TritonOps(TorchOps):
+    """Verbs on tensors of a GPU: products with stored weights and the recurrence in Triton, the rest in torch."""
+
+    def linear(self, x: Tensor, weight: Weight, bias: Weight | None = None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
+        if isinstance(weight, Dense) and weight.data.dtype == self.dtype:
+            out = F.linear(rows, weight.data)
+        elif rows.shape[0] <= FEW_ROWS:
+            out = torch.empty(rows.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
+            gemm.product(rows, weight, out)
+        else:
+            values = torch.empty(weight.shape, dtype=self.dtype, device=x.device)
+            expand(weight, values)
+            out = F.linear(rows, values)
+        if bias is not None:
+            out = out + bias.rows(slice(None))
+        return out.to(self.dtype).view(*x.shape[:-1], weight.shape[0])
+
+    def gated_delta_rule2(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, S: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rule = recurrent_gated_delta_rule2 if q.shape[1] < CHUNK_MIN_TOKENS else chunk_gated_delta_rule2
+        return rule(q, k, v, g, b, w, S)
 
 
 @dataclass(frozen=True)
@@ -145,7 +180,7 @@ class DecodeStep:
         widest = max(layer.in_proj.shape[0] for layer in weights.layers)
         self.x = floats(batch, hidden)
         self.y = floats(batch * widest)
-        self.block_v = 32 if spec.head_v_dim % 32 == 0 else 8
+        self.block_v = 16 if spec.head_v_dim % 16 == 0 else 8
         parts = spec.head_v_dim // self.block_v
         single = batch == 1
         self.inputs = [make_activation(hidden, (-(-hidden // EMBED_BLOCK),), device)]
@@ -158,7 +193,7 @@ class DecodeStep:
         self.mixer_vectors = floats(batch, spec.num_v_heads, parts, 4, next_power_of_2(spec.head_k_dim))
         if spec.kv_heads:
             q_dim, D = spec.q_heads * spec.attention_head_dim, spec.attention_head_dim
-            self.attended = make_activation(q_dim * batch, (1,), device)
+            self.attended = make_activation(q_dim * batch, (1, 1), device)
             self.angles = floats(batch, D // 2, 2)
             shape = attention.scratch_shape(
                 batch,
@@ -365,14 +400,15 @@ class DecodeStep:
         out: Activation | None = None,
         forms: Forms = BOTH_FORMS,
     ) -> None:
-        start = 0
-        for part in _parts(weight):  # several only where results are stored
-            here = y if y is None or output != "store" else y[start : start + part.shape[0]]
+        parts, start = _parts(weight), 0
+        for i in range(0, len(parts), 2):  # more than one part only where results are stored
+            pair = parts[i : i + 2]
+            here = y if y is None or output != "store" else y[start:]
             gemv(
-                x, part, norm=norm, eps=self.spec.norm_eps, output=output, gpu=self.gpu,
+                x, *pair, norm=norm, eps=self.spec.norm_eps, output=output, gpu=self.gpu,
                 y=here, gain=gain, out=out, forms=forms,
             )  # fmt: skip
-            start += part.shape[0]
+            start += sum(part.shape[0] for part in pair)
 
     def _product(self, x: Tensor, weight: Weight, out: Tensor, residual: Tensor | None = None) -> None:
         gemm.product(x, weight, out, residual=residual, scratch=self.product_scratch, pdl=self.gpu.pdl)

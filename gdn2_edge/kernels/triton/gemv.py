@@ -99,6 +99,12 @@ def gemv_config(format: str, channels: int, output: str, gpu: Gpu) -> Config:
     return config._replace(block_k=min(config.block_k, most))
 
 
+PAIR_ARGUMENTS = (
+    "p_w_2", "p_scale_2", "p_y_2", "N_2", "programs",
+    "FORMAT_2", "GROUP_2", "TILES_2", "BLOCK_N_2", "BLOCK_K_2", "AHEAD_2",
+)  # fmt: skip
+
+
 def num_programs(weight: Weight, output: str, gpu: Gpu) -> int:
     """How many programs `gemv` starts, and partial sums of squares it leaves."""
     rows = weight.shape[0] // (2 if output == "glu" else 1)
@@ -109,6 +115,7 @@ def num_programs(weight: Weight, output: str, gpu: Gpu) -> int:
 def gemv(
     x: Activation,
     weight: Weight,
+    second: Weight | None = None,
     *,
     norm: str,
     eps: float,
@@ -123,6 +130,7 @@ def gemv(
 
     Args:
         weight: [N, K], one layout; K a multiple of what 16 bytes hold, and N of 8 where the output is an activation.
+        second: rows below those of `weight` in another layout, for "store".
         norm: "rms": x is due the RMS factor of all its channels; "heads": each head its own; "none".
         output: "store": y = W x. "add": y += W x, and out = y * gain. "glu": out = silu(W1 x) * (W2 x), W2 below W1.
         y: fp32 [N].
@@ -134,7 +142,17 @@ def gemv(
     config = gemv_config(format, channels, output, gpu)
     heads, parts = x.squares.shape if norm == "heads" else (1, 1)
     o = out or x
-    gemv_kernel[(triton.cdiv(rows, config.tiles * config.block_n),)](
+    programs = triton.cdiv(rows, config.tiles * config.block_n)
+    more, pair = 0, dict.fromkeys(PAIR_ARGUMENTS)
+    if second is not None:
+        format_2, codes_2, scale_2, group_2 = stored(second)
+        config_2 = gemv_config(format_2, channels, output, gpu)
+        lanes = config.num_warps / config_2.num_warps  # one launch has one number of warps
+        config_2 = config_2._replace(block_n=max(1, int(config_2.block_n * lanes)))
+        more = triton.cdiv(second.shape[0], config_2.tiles * config_2.block_n)
+        places = (codes_2, scale_2, y[rows:], second.shape[0], programs)
+        pair = dict(zip(PAIR_ARGUMENTS, (*places, format_2, group_2, *config_2[:3], config_2.ahead), strict=True))
+    gemv_kernel[(programs + more,)](
         x.values,
         x.high,
         x.low,
@@ -169,6 +187,7 @@ def gemv(
         ASM=gpu.asm,
         HARDWARE_FP8=gpu.hardware_fp8,
         PDL=gpu.pdl,
+        **pair,
         num_warps=config.num_warps,
         **pdl_options(gpu.pdl),
     )
@@ -242,14 +261,181 @@ def gemv_kernel(
     ASM: tl.constexpr,
     HARDWARE_FP8: tl.constexpr,
     PDL: tl.constexpr,
+    # Of a second matrix with the same input, by the programs from `programs` on, for "store"; None: there is none.
+    p_w_2,
+    p_scale_2,
+    p_y_2,
+    N_2,
+    programs,
+    FORMAT_2: tl.constexpr,
+    GROUP_2: tl.constexpr,
+    TILES_2: tl.constexpr,
+    BLOCK_N_2: tl.constexpr,
+    BLOCK_K_2: tl.constexpr,
+    AHEAD_2: tl.constexpr,
 ):
-    """See `gemv` and the head of this file."""
+    """One or two matrices, whose rows are divided between the programs."""
+    if FORMAT_2 is None:
+        _program(
+            tl.program_id(0),
+            p_values,
+            p_high,
+            p_low,
+            p_unit,
+            p_squares,
+            p_w,
+            p_scale,
+            p_y,
+            p_gain,
+            p_out_values,
+            p_out_high,
+            p_out_low,
+            p_out_unit,
+            p_out_squares,
+            N,
+            num_squares,
+            eps,
+            K,
+            FORMAT,
+            GROUP,
+            NORM,
+            VALUES,
+            PLANES,
+            OUTPUT,
+            HEAD,
+            PARTS,
+            SQUARES,
+            TILES,
+            BLOCK_N,
+            BLOCK_K,
+            AHEAD,
+            ASM,
+            HARDWARE_FP8,
+            PDL,
+        )
+    elif tl.program_id(0) < programs:  # noqa: SIM114  the test above is made when this is compiled
+        _program(
+            tl.program_id(0),
+            p_values,
+            p_high,
+            p_low,
+            p_unit,
+            p_squares,
+            p_w,
+            p_scale,
+            p_y,
+            p_gain,
+            p_out_values,
+            p_out_high,
+            p_out_low,
+            p_out_unit,
+            p_out_squares,
+            N,
+            num_squares,
+            eps,
+            K,
+            FORMAT,
+            GROUP,
+            NORM,
+            VALUES,
+            PLANES,
+            OUTPUT,
+            HEAD,
+            PARTS,
+            SQUARES,
+            TILES,
+            BLOCK_N,
+            BLOCK_K,
+            AHEAD,
+            ASM,
+            HARDWARE_FP8,
+            PDL,
+        )
+    else:
+        _program(
+            tl.program_id(0) - programs,
+            p_values,
+            p_high,
+            p_low,
+            p_unit,
+            p_squares,
+            p_w_2,
+            p_scale_2,
+            p_y_2,
+            p_gain,
+            p_out_values,
+            p_out_high,
+            p_out_low,
+            p_out_unit,
+            p_out_squares,
+            N_2,
+            num_squares,
+            eps,
+            K,
+            FORMAT_2,
+            GROUP_2,
+            NORM,
+            VALUES,
+            PLANES,
+            OUTPUT,
+            HEAD,
+            PARTS,
+            SQUARES,
+            TILES_2,
+            BLOCK_N_2,
+            BLOCK_K_2,
+            AHEAD_2,
+            ASM,
+            HARDWARE_FP8,
+            PDL,
+        )
+
+
+@triton.jit
+def _program(
+    i_program,
+    p_values,  # the input, see Activation
+    p_high,
+    p_low,
+    p_unit,
+    p_squares,
+    p_w,
+    p_scale,
+    p_y,  # fp32, for "store" and "add"
+    p_gain,  # fp32 [N], the weight of the norm that follows, for "add"
+    p_out_values,  # the output as an Activation, for "add" and "glu"
+    p_out_high,
+    p_out_low,
+    p_out_unit,
+    p_out_squares,
+    N,  # results: rows of W, or half of them for "glu"
+    num_squares,
+    eps,
+    K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    NORM: tl.constexpr,  # of the input: "rms", "heads" or "none"
+    VALUES: tl.constexpr,
+    PLANES: tl.constexpr,
+    OUTPUT: tl.constexpr,  # "store" y; "add" it to the residual stream in p_y; "glu": silu(y_i) * y_(i + N)
+    HEAD: tl.constexpr,
+    PARTS: tl.constexpr,
+    SQUARES: tl.constexpr,  # a power of two, at least num_squares
+    TILES: tl.constexpr,  # a program's
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,  # tiles that are loaded before the first is used
+    ASM: tl.constexpr,
+    HARDWARE_FP8: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program of a matrix; see `gemv` and the head of this file."""
     CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     HALVES: tl.constexpr = 2 if OUTPUT == "glu" else 1
     TENSORS: tl.constexpr = HALVES * CHUNKS * (2 if FORMAT == "int4" else 1)
-    TILES_2: tl.constexpr = triton.next_power_of_2(TILES)
-    ROWS: tl.constexpr = TILES_2 * BLOCK_N
-    start = tl.program_id(0) * (TILES * BLOCK_N)
+    TILE_COUNT: tl.constexpr = triton.next_power_of_2(TILES)
+    ROWS: tl.constexpr = TILE_COUNT * BLOCK_N
+    start = i_program * (TILES * BLOCK_N)
     end = tl.minimum(start + TILES * BLOCK_N, N)
 
     # What no kernel writes is asked for first.
@@ -277,9 +463,9 @@ def gemv_kernel(
         factor = tl.rsqrt(tl.sum(tl.load(p_squares + o_part, o_part < num_squares, 0.0)) / K + eps)
     before = tl.load(p_y + o_n, mask, 0.0) if OUTPUT == "add" else 0.0
 
-    y = tl.zeros((TILES_2, BLOCK_N), tl.float32)
-    up = tl.zeros((TILES_2, BLOCK_N), tl.float32)
-    o_tile = tl.arange(0, TILES_2)[:, None]
+    y = tl.zeros((TILE_COUNT, BLOCK_N), tl.float32)
+    up = tl.zeros((TILE_COUNT, BLOCK_N), tl.float32)
+    o_tile = tl.arange(0, TILE_COUNT)[:, None]
     for t in range(TILES):
         first = start + (t + AHEAD) * BLOCK_N
         w = w + _load_tile(p_w, p_scale, first, end, N, K, FORMAT, GROUP, HALVES, BLOCK_N, BLOCK_K, CHUNKS)
@@ -298,7 +484,7 @@ def gemv_kernel(
         else:
             y += before
             tl.store(p_y + o_n, y, mask)
-            tl.store(p_out_squares + tl.program_id(0), tl.sum(tl.where(mask, y * y, 0.0)))
+            tl.store(p_out_squares + i_program, tl.sum(tl.where(mask, y * y, 0.0)))
         write_activation(p_out_values, p_out_high, p_out_low, p_out_unit, y * gain, o_n, mask, ROWS, VALUES, PLANES)
 
 

@@ -83,26 +83,39 @@ def decode_kernel(
     dt_bias = tl.load(p_dt_bias + rows, m_k, 0.0)
     rate = tl.exp(tl.load(p_A_log + i_h))
     o_norm = tl.load(p_o_norm + o_v, m_v, 0.0)
-
-    wait_for_previous(PDL)
-    let_next_start(PDL)
     KEYS: tl.constexpr = H * K
     VALUE_DIM: tl.constexpr = HV * V
     PARTS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    p_tail = p_before + conv_offset
+    q_past = _past(p_conv, p_tail, rows, m_k, CONV)
+    k_past = _past(p_conv, p_tail, KEYS + rows, m_k, CONV)
+    v_past = _past(p_conv, p_tail, 2 * KEYS + o_value, m_v, CONV)
+    p_newest = p_conv + CONV - 1
+    q_newest = tl.load(p_newest + rows * CONV, m_k, 0.0)
+    k_newest = tl.load(p_newest + (KEYS + rows) * CONV, m_k, 0.0)
+    v_newest = tl.load(p_newest + (2 * KEYS + o_value) * CONV, m_v, 0.0)
+
+    wait_for_previous(PDL)
+    let_next_start(PDL)
     p_y += i_b.to(tl.int64) * y_stride
     p_gates = p_y + 2 * KEYS + VALUE_DIM
-    # The first program of a key head shifts the inputs of q and k on; all read them where the state was.
-    m_first = o_k < tl.where((i_v == 0) & (i_hv % (HV // H) == 0), K, 0)
-    p_before += conv_offset
-    p_after += conv_offset
-    q = _short_conv(p_y, p_conv, p_before, p_after, rows, m_k, m_first, CONV)
-    k = _short_conv(p_y, p_conv, p_before, p_after, KEYS + rows, m_k, m_first, CONV)
-    q *= tl.rsqrt(tl.sum(q * q) + 1e-6) * scale
-    k *= tl.rsqrt(tl.sum(k * k) + 1e-6)
-    erase = _sigmoid(tl.load(p_gates + rows, m_k, 0.0)) * erase_scale
     p_ranks = p_gates + KEYS + VALUE_DIM
-    f_output = words_times(f, f_scale, p_ranks, RANK, RANK_2, F_FORMAT, HARDWARE_FP8) + dt_bias
-    decay = tl.exp(-rate * _softplus(f_output))
+    new_q = tl.load(p_y + rows, m_k, 0.0)
+    new_k = tl.load(p_y + KEYS + rows, m_k, 0.0)
+    new_v = tl.load(p_y + 2 * KEYS + o_value, m_v, 0.0)
+    erase = _sigmoid(tl.load(p_gates + rows, m_k, 0.0)) * erase_scale
+    write = _sigmoid(tl.load(p_gates + KEYS + o_value, m_v, 0.0))
+    decay = words_times(f, f_scale, p_ranks, RANK, RANK_2, F_FORMAT, HARDWARE_FP8) + dt_bias
+    decay = tl.exp(-rate * _softplus(decay))
+    gate = words_times(g, g_scale, p_ranks + RANK, RANK, RANK_2, G_FORMAT, HARDWARE_FP8) + g_bias
+    gate = _sigmoid(gate) * (gate if GATE == "silu" else 1.0) * o_norm
+
+    q = _silu(new_q * q_newest + q_past)
+    k = _silu(new_k * k_newest + k_past)
+    q_squares, k_squares = tl.reduce((q * q, k * k), 0, _add_pairs)
+    q *= tl.rsqrt(q_squares + 1e-6) * scale
+    k *= tl.rsqrt(k_squares + 1e-6)
+    v = _silu(new_v * v_newest + v_past) * write
 
     # What is a number for each row of S goes through memory: each thread then reads what it needs, once. Left to the
     # compiler, every thread would also compute it.
@@ -111,10 +124,6 @@ def decode_kernel(
     tl.store(p_vectors + K_2 + o_k, erase * k)
     tl.store(p_vectors + 2 * K_2 + o_k, k)
     tl.store(p_vectors + 3 * K_2 + o_k, q)
-    v = _short_conv(p_y, p_conv, p_before, p_after, 2 * KEYS + o_value, m_v, m_v, CONV)
-    v *= _sigmoid(tl.load(p_gates + KEYS + o_value, m_v, 0.0))
-    gate = words_times(g, g_scale, p_ranks + RANK, RANK, RANK_2, G_FORMAT, HARDWARE_FP8) + g_bias
-    gate = _sigmoid(gate) * (gate if GATE == "silu" else 1.0) * o_norm
     tl.debug_barrier()
 
     o_row = o_k[:, None]
@@ -122,24 +131,44 @@ def decode_kernel(
     u = v - tl.sum(tl.load(p_vectors + K_2 + o_row) * S, 0)
     S += tl.load(p_vectors + 2 * K_2 + o_row) * u[None, :]
     o = tl.sum(tl.load(p_vectors + 3 * K_2 + o_row) * S, 0)
-    tl.store(p_after - conv_offset + o_s, S, m_s)
+    tl.store(p_after + o_s, S, m_s)
     tl.store(p_squares + (i_b * HV + i_hv) * PARTS + i_v, tl.sum(o * o))
     p_values += i_b * VALUE_DIM
     write_activation(p_values, p_high, p_low, p_unit, o * gate, o_value, m_v, BLOCK_V, VALUES, PLANES)
 
+    # The first program of a key head moves the inputs of q and k on.
+    p_after += conv_offset
+    m_first = o_k < tl.where((i_v == 0) & (i_hv % (HV // H) == 0), K, 0)
+    _move_on(p_tail, p_after, rows, new_q, m_first, CONV)
+    _move_on(p_tail, p_after, KEYS + rows, new_k, m_first, CONV)
+    _move_on(p_tail, p_after, 2 * KEYS + o_value, new_v, m_v, CONV)
+
 
 @triton.jit
-def _short_conv(p_y, p_conv, p_before, p_after, o, mask, stores, CONV: tl.constexpr):
-    """silu of the convolution at channels o, whose last CONV - 1 inputs are moved on by one where `stores`."""
-    new = tl.load(p_y + o, mask, 0.0)
-    total = new * tl.load(p_conv + o * CONV + CONV - 1, mask, 0.0)
+def _past(p_conv, p_tail, o, mask, CONV: tl.constexpr):
+    """What the last CONV - 1 inputs add to the convolution at channels o."""
+    total = tl.zeros(o.shape, tl.float32)
     for i in tl.static_range(CONV - 1):
-        old = tl.load(p_before + o * (CONV - 1) + i, mask, 0.0)
-        total += old * tl.load(p_conv + o * CONV + i, mask, 0.0)
-        if i > 0:
-            tl.store(p_after + o * (CONV - 1) + i - 1, old, stores)
-    tl.store(p_after + o * (CONV - 1) + CONV - 2, new, stores)
-    return total * _sigmoid(total)
+        total += tl.load(p_tail + o * (CONV - 1) + i, mask, 0.0) * tl.load(p_conv + o * CONV + i, mask, 0.0)
+    return total
+
+
+@triton.jit
+def _move_on(p_tail, p_after, o, new, mask, CONV: tl.constexpr):
+    """The inputs that the next token finds: all but the oldest, and the new one."""
+    for i in tl.static_range(CONV - 2):
+        tl.store(p_after + o * (CONV - 1) + i, tl.load(p_tail + o * (CONV - 1) + i + 1, mask, 0.0), mask)
+    tl.store(p_after + o * (CONV - 1) + CONV - 2, new, mask)
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _silu(x):
+    return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit
