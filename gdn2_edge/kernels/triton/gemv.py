@@ -275,7 +275,7 @@ def gemv_kernel(
     AHEAD_2: tl.constexpr,
 ):
     """One or two matrices, whose rows are divided between the programs."""
-    if FORMAT_2 is None:
+    if FORMAT_2 is None:  # noqa: SIM114  known when this is compiled, and then all there is
         _program(
             tl.program_id(0),
             p_values,
@@ -313,7 +313,7 @@ def gemv_kernel(
             HARDWARE_FP8,
             PDL,
         )
-    elif tl.program_id(0) < programs:  # noqa: SIM114  the test above is made when this is compiled
+    elif tl.program_id(0) < programs:
         _program(
             tl.program_id(0),
             p_values,
