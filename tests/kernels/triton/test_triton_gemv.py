@@ -173,6 +173,25 @@ def test_tiles_and_chunks(
         run(weight, norm, output, gpu, device, Forms(True, True))
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("int4 g32", "int8"), ("fp8", "int4 g64"), ("bf16", "fp8"), ("int8", "fp32"), ("fp32", "fp16")],
+)
+def test_two_formats_in_one_launch(first: str, second: str, device: torch.device) -> None:
+    """Each result is that of its matrix alone."""
+    x, _ = make_input(normal(192), torch.ones(1, 2), Forms(False, True), device)
+    x.values.copy_(normal(192))
+    weights = make_weight(first, 70, 192, device), make_weight(second, 11, 192, device, seed=3)
+    for gpu in gpus(device):
+        both = torch.full((81,), torch.nan, device=device)
+        alone = torch.full((81,), torch.nan, device=device)
+        gemv(x, *weights, norm="rms", eps=EPS, output="store", gpu=gpu, y=both)
+        gemv(x, weights[0], norm="rms", eps=EPS, output="store", gpu=gpu, y=alone[:70])
+        gemv(x, weights[1], norm="rms", eps=EPS, output="store", gpu=gpu, y=alone[70:])
+        bound = 1e-6 * alone.abs().max()  # other numbers of warps sum in another order
+        assert ((both - alone).abs() <= bound).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("format", FORMATS)
 def test_configurations_of_the_gpu(format: str, device: torch.device) -> None:
