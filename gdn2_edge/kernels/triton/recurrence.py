@@ -112,9 +112,11 @@ def decode_kernel(
 
     q = _silu(new_q * q_newest + q_past)
     k = _silu(new_k * k_newest + k_past)
-    q_squares, k_squares = tl.reduce((q * q, k * k), 0, _add_pairs)
-    q *= tl.rsqrt(q_squares + 1e-6) * scale
-    k *= tl.rsqrt(k_squares + 1e-6)
+    q_squares, k_squares, q_k = tl.reduce((q * q, k * k, q * k), 0, _add_triples)
+    q_factor, k_factor = tl.rsqrt(q_squares + 1e-6) * scale, tl.rsqrt(k_squares + 1e-6)
+    q *= q_factor
+    k *= k_factor
+    q_k *= q_factor * k_factor
     v = _silu(new_v * v_newest + v_past) * write
 
     # What is a number for each row of S goes through memory: each thread then reads what it needs, once. Left to the
@@ -126,11 +128,15 @@ def decode_kernel(
     tl.store(p_vectors + 3 * K_2 + o_k, q)
     tl.debug_barrier()
 
+    # o = q^T (S + k u^T) = q^T S + (q^T k) u, so that both sums over the keys are taken at once.
     o_row = o_k[:, None]
     S *= tl.load(p_vectors + o_row)
-    u = v - tl.sum(tl.load(p_vectors + K_2 + o_row) * S, 0)
+    erased = tl.load(p_vectors + K_2 + o_row) * S
+    kept = tl.load(p_vectors + 3 * K_2 + o_row) * S
+    erased, o = tl.reduce((erased, kept), 0, _add_pairs)
+    u = v - erased
     S += tl.load(p_vectors + 2 * K_2 + o_row) * u[None, :]
-    o = tl.sum(tl.load(p_vectors + 3 * K_2 + o_row) * S, 0)
+    o += q_k * u
     tl.store(p_after + o_s, S, m_s)
     tl.store(p_squares + (i_b * HV + i_hv) * PARTS + i_v, tl.sum(o * o))
     p_values += i_b * VALUE_DIM
@@ -164,6 +170,11 @@ def _move_on(p_tail, p_after, o, new, mask, CONV: tl.constexpr):
 @triton.jit
 def _add_pairs(a, b, c, d):
     return a + c, b + d
+
+
+@triton.jit
+def _add_triples(a, b, c, d, e, f):
+    return a + d, b + e, c + f
 
 
 @triton.jit
