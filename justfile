@@ -29,9 +29,9 @@ test *ARGS:
 test-slow *ARGS:
     sh scripts/test -m slow "$@"
 
-# those that need an NVIDIA GPU
+# those that need an NVIDIA GPU, and those of the kernels, which there run compiled
 test-gpu *ARGS:
-    sh scripts/test -m gpu "$@"
+    sh scripts/test tests/test_gpu.py tests/test_triton_model.py tests/kernels/triton "$@"
 
 # only the comparisons with outputs of other implementations
 golden *ARGS:
