@@ -180,7 +180,8 @@ class DecodeStep:
         widest = max(layer.in_proj.shape[0] for layer in weights.layers)
         self.x = floats(batch, hidden)
         self.y = floats(batch * widest)
-        self.block_v = 16 if spec.head_v_dim % 16 == 0 else 8
+        # A single sequence needs many programs, which repeat what a head shares; many sequences are enough of them.
+        self.block_v = next(block for block in (16 if batch == 1 else 32, 16, 8) if spec.head_v_dim % block == 0)
         parts = spec.head_v_dim // self.block_v
         single = batch == 1
         self.inputs = [make_activation(hidden, (-(-hidden // EMBED_BLOCK),), device)]
@@ -206,6 +207,7 @@ class DecodeStep:
             self.attention_scratch = floats(*shape)
         if not single:
             half = torch.bfloat16 if device.type == "cuda" else torch.float32  # the interpreter multiplies no bf16
+            self.f, self.g = floats(batch, spec.key_dim), floats(batch, spec.value_dim)
             self.h = floats(batch, hidden, dtype=half)
             self.h_mixed = floats(batch, max(spec.value_dim, spec.q_heads * spec.attention_head_dim), dtype=half)
             self.h_glu = floats(batch, ff, dtype=half)
@@ -332,9 +334,16 @@ class DecodeStep:
                 pdl=self.gpu.pdl,
             )
             return self.attended
-        f_format, f, f_scale, f_group = stored(layer.f_proj)
-        g_format, g, g_scale, g_group = stored(layer.g_proj)
         out, rank = self.mixed, spec.head_v_dim
+        if self.batch == 1:
+            f_format, f, f_scale, f_group = stored(layer.f_proj)
+            g_format, g, g_scale, g_group = stored(layer.g_proj)
+        else:
+            y, ranks = self._y(layer), 2 * (spec.key_dim + spec.value_dim) + spec.key_dim
+            self._product(y[:, ranks : ranks + rank], layer.f_proj, self.f)
+            self._product(y[:, ranks + rank :], layer.g_proj, self.g)
+            f_format, f, f_scale, f_group = None, self.f, None, 0
+            g_format, g, g_scale, g_group = None, self.g, None, 0
         self._run(
             recurrence.decode_kernel,
             (cdiv(spec.head_v_dim, self.block_v), spec.num_v_heads, self.batch),

@@ -26,9 +26,9 @@ def decode_kernel(
     conv_offset,  # of this layer in a state, floats: [2 H K + HV V, CONV - 1]
     s_offset,  # [HV, K, V]
     p_conv,  # fp32 [2 H K + HV V, CONV]
-    p_f,
+    p_f,  # the second matrix of the decay, stored; with F_FORMAT None its results, fp32 [B, H K]
     p_f_scale,
-    p_g,
+    p_g,  # of the output gate; with G_FORMAT None its results without bias, fp32 [B, HV V]
     p_g_scale,
     p_g_bias,  # fp32 [HV V]
     p_A_log,  # fp32 [H]
@@ -77,8 +77,9 @@ def decode_kernel(
     S = tl.load(p_before + o_s, m_s, 0.0)
     rows = i_h * K + o_k
     o_value = i_hv * V + o_v
-    f, f_scale = load_words(p_f, p_f_scale, rows, m_k, RANK, RANK_2, F_FORMAT, F_GROUP)
-    g, g_scale = load_words(p_g, p_g_scale, o_value, m_v, RANK, RANK_2, G_FORMAT, G_GROUP)
+    if F_FORMAT is not None:
+        f, f_scale = load_words(p_f, p_f_scale, rows, m_k, RANK, RANK_2, F_FORMAT, F_GROUP)
+        g, g_scale = load_words(p_g, p_g_scale, o_value, m_v, RANK, RANK_2, G_FORMAT, G_GROUP)
     g_bias = tl.load(p_g_bias + o_value, m_v, 0.0)
     dt_bias = tl.load(p_dt_bias + rows, m_k, 0.0)
     rate = tl.exp(tl.load(p_A_log + i_h))
@@ -105,9 +106,14 @@ def decode_kernel(
     new_v = tl.load(p_y + 2 * KEYS + o_value, m_v, 0.0)
     erase = _sigmoid(tl.load(p_gates + rows, m_k, 0.0)) * erase_scale
     write = _sigmoid(tl.load(p_gates + KEYS + o_value, m_v, 0.0))
-    decay = words_times(f, f_scale, p_ranks, RANK, RANK_2, F_FORMAT, HARDWARE_FP8) + dt_bias
-    decay = tl.exp(-rate * _softplus(decay))
-    gate = words_times(g, g_scale, p_ranks + RANK, RANK, RANK_2, G_FORMAT, HARDWARE_FP8) + g_bias
+    if F_FORMAT is None:
+        decay = tl.load(p_f + i_b * KEYS + rows, m_k, 0.0)
+        gate = tl.load(p_g + i_b * VALUE_DIM + o_value, m_v, 0.0)
+    else:
+        decay = words_times(f, f_scale, p_ranks, RANK, RANK_2, F_FORMAT, HARDWARE_FP8)
+        gate = words_times(g, g_scale, p_ranks + RANK, RANK, RANK_2, G_FORMAT, HARDWARE_FP8)
+    decay = tl.exp(-rate * _softplus(decay + dt_bias))
+    gate += g_bias
     gate = _sigmoid(gate) * (gate if GATE == "silu" else 1.0) * o_norm
 
     q = _silu(new_q * q_newest + q_past)
