@@ -4,16 +4,21 @@ Within a chunk that starts from the state S_0, write P(s, t) for the product of 
 key channel, and u_t for what token t really writes once the erased read has been taken off:
 
     A[t, s] = (b_t * k_t)^T (P(s, t) * k_s)    s < t
-    Q[t, s] = scale * q_t^T (P(s, t) * k_s)    s <= t
-    (I + A) u = w * v - (b * k * P(0, .)) S_0
-    o         = scale * (q * P(0, .)) S_0 + Q u
+    Q[t, s] = q_t^T (P(s, t) * k_s)            s <= t
+    (I + A) u = r = w * v - (b * k * P(0, .)) S_0
+    o         = scale * ((q * P(0, .)) S_0 + Q u)
     S_C       = P(0, C) * S_0 + (k * P(., C))^T u
+
+Q (I + A)^-1 and (k * P(., C))^T (I + A)^-1 need no state and are made for all chunks at once. What is left to do
+chunk after chunk is r, the queries' read of S_0 and S_C; u itself is never made.
 
 A and Q are built by halving. Every pair s < t is parted by the middle of exactly one block of 2m tokens,
 m = 1, 2, 4 .. C / 2, with s in its first half and t in its second. There P(s, t) = P(s, middle) P(middle, t),
 so one matrix product of the rows b * k * P(middle, t) and q * P(middle, t) with the columns k * P(s, middle)
-gives the whole square below the diagonal. Going from m to 2m multiplies half of the rows and half of the
-columns by the decay of the other half, and at m = C they are the factors that the state needs.
+gives the whole square below the diagonal. (I + A)^-1 grows with it: below the diagonal of a block it is minus
+the inverse of the second half, times the square of A, times the inverse of the first half. Going from m to 2m
+multiplies half of the rows and half of the columns by the decay of the other half, and at m = C they are the
+factors that the state needs.
 
 Decays are only ever multiplied, never summed and then subtracted: nothing divides by a decay, no exponent is
 positive when g <= 0, a decay that underflows becomes a clean zero, and no digits cancel after a token that
@@ -24,14 +29,17 @@ This module knows nothing of layers, and keeps no gradients.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from gdn2_edge.kernels.reference import in_computing_precision
 
-# Bounds the memory of a long prefill. On a CPU 512 tokens cost 3 % more a token than 1024, and 128 half as much again.
-SEGMENT_TOKENS = 1024
+# Bounds the working memory of a long prefill. On a CPU 8 MiB are a tenth slower: more launches. Above 32 MiB glibc
+# gives a block back to the system whenever it is freed, and new pages cost a good part of the time.
+SEGMENT_BYTES = 16 << 20
 
 
 @torch.no_grad()
@@ -82,24 +90,25 @@ def chunk_gated_delta_rule2(
     v, w = (x.reshape(B, T, H, group * V) for x in (v, w))
     S = S.reshape(B, H, group, K, V).transpose(2, 3).reshape(B * H, K, group * V)
 
-    outputs = []
-    segment = max(SEGMENT_TOKENS, chunk_size)  # both powers of two
+    o = v.new_empty(B, -(-T // chunk_size) * chunk_size, H, group * V)  # whole chunks
+    token_bytes = B * H * (5 * K + 3 * group * V + 3 * chunk_size) * k.element_size()  # of _segment's working memory
+    segment = chunk_size * max(1, SEGMENT_BYTES // (token_bytes * chunk_size))
     for start in range(0, T, segment):
-        part = [x[:, start : start + segment] for x in (q, k, v, g, b, w)]
-        o, S = _segment(S, *part, scale=scale, C=chunk_size)
-        outputs.append(o)
-    o = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+        tokens = slice(start, start + segment)
+        S = _segment(o[:, tokens], S, *(x[:, tokens] for x in (q, k, v, g, b, w)), C=chunk_size)
+    o = o[:, :T].mul_(scale)
     S = S.view(B, H, K, group, V).transpose(2, 3).reshape(B, HV, K, V)
     return o.reshape(B, T, HV, V), S
 
 
 def _segment(
-    S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, *, scale: float, C: int
-) -> tuple[Tensor, Tensor]:
-    """Outputs [B, T, H, V] and the next state [B * H, K, V] of one segment, cut into N chunks of C tokens."""
+    o: Tensor, S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, *, C: int
+) -> Tensor:
+    """Fills o [B, N * C, H, V], not scaled yet, for N chunks of C tokens; returns the next state [B * H, K, V]."""
     B, T, H, K = k.shape
     V = v.shape[-1]
     N = -(-T // C)
+    X = N * B * H
 
     def chunked(x: Tensor) -> Tensor:
         # Zeros are exact padding: nothing decays (exp 0 = 1), is erased or is written.
@@ -108,54 +117,83 @@ def _segment(
         return x.reshape(B, N, C, H, x.shape[-1]).permute(1, 0, 3, 2, 4)  # [N, B, H, C, D]
 
     q, k, v, g, b, w = (chunked(x) for x in (q, k, v, g, b, w))
-    # `out=` computes and lays out in one pass over memory, which is what these steps cost.
-    columns = k.clone(memory_format=torch.contiguous_format)
-    decay = torch.exp(g, out=torch.empty_like(columns))
-    rows = columns.new_empty(N, B, H, C, 2, K)
-    torch.mul(b, columns, out=rows[..., 0, :])
-    torch.mul(q, scale, out=rows[..., 1, :])
-    values = torch.mul(w, v, out=columns.new_empty(N, B, H, C, V)).view(N, B * H, C, V)
-    erase, read, decay = _pair_products(rows.view(-1, C, 2, K), columns.view(-1, C, K), decay.view(-1, C, K))
+    heads = (N, B, H)
+    rows, columns, decay, reads, inside, pairs, solved_pairs, solved_columns = _uninitialised(
+        k,
+        (*heads, C, 2, K),
+        (*heads, C, K),
+        (*heads, C, K),
+        (*heads, C, 2, V),
+        (*heads, C, V),
+        (2, X, C + 1, C),
+        (X, C, C),
+        (X, K, C),
+    )
+    # `copy_` and `out=` lay out by chunk in the pass over memory that these steps cost anyway.
+    columns.copy_(k)
+    decay.copy_(g).exp_()  # laid out first: exp is twice as fast on contiguous memory
+    torch.mul(columns, decay, out=rows[..., 0, :]).mul_(b)
+    torch.mul(q, decay, out=rows[..., 1, :])
+    pairs.zero_()
+    inverse, read = pairs[:, :, :C]
+    inverse.diagonal(dim1=1, dim2=2).fill_(1)
+    read.diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(q, columns).reshape(X, C))  # pairs s = t: no decay
+    decay = _pair_products(pairs, rows.view(X, C, 2, K), columns.view(X, C, K), decay.view(X, C, K))
 
-    identity = torch.eye(C, dtype=erase.dtype, device=erase.device).expand_as(erase)
-    inverse = torch.linalg.solve_triangular(erase, identity, upper=False, unitriangular=True)
-    keys = rows.view(N, B * H, C, 2, K)[..., 0, :]
-    queries = rows.view(N * B * H, C, 2, K)[..., 1, :]
-    written = torch.empty_like(values)  # u
-    states = values.new_empty(N + 1, B * H, K, V)
-    states[0] = S
-    inverse = inverse.view(N, B * H, C, C)
-    columns = columns.view(N, B * H, C, K).mT
-    decay = decay.view(N, B * H, K, 1)
-    per_chunk = (x.unbind() for x in (values, keys, inverse, written, decay, columns, states[:N], states[1:]))
-    for value, key, solve, u, chunk_decay, column, before, after in zip(*per_chunk, strict=True):
-        value.baddbmm_(key, before, alpha=-1)
-        torch.bmm(solve, value, out=u)
-        torch.mul(chunk_decay, before, out=after).baddbmm_(column, u)
+    torch.bmm(read, inverse, out=solved_pairs)
+    torch.bmm(columns.view(X, C, K).mT, inverse, out=solved_columns)
 
-    o = torch.bmm(queries, states[:N].view(-1, K, V)).baddbmm_(read, written.view(-1, C, V))
-    o = o.view(N, B, H, C, V).permute(1, 0, 3, 2, 4).reshape(B, N * C, H, V)[:, :T]
-    return o, states[N].clone()  # a view would keep every chunk's state alive
+    # reads[..., 0, :] becomes r and reads[..., 1, :] minus the queries' read of S_0: one product for both uses
+    # several threads well, and takes little longer than half of it.
+    torch.mul(w, v, out=reads[..., 0, :])
+    reads[..., 1, :].zero_()
+    residual = reads.view(X, C, 2, V)[:, :, 0]
+    S = S.clone(memory_format=torch.contiguous_format)
+    per_chunk = (
+        x.unbind()
+        for x in (
+            rows.view(N, B * H, 2 * C, K),
+            reads.view(N, B * H, 2 * C, V),
+            residual.view(N, B * H, C, V),
+            decay.view(N, B * H, K, 1),
+            solved_columns.view(N, B * H, K, C),
+        )
+    )
+    for row, chunk_reads, r, chunk_decay, column in zip(*per_chunk, strict=True):
+        chunk_reads.baddbmm_(row, S, alpha=-1)
+        S.mul_(chunk_decay).baddbmm_(column, r)
+
+    torch.bmm(solved_pairs, residual, out=inside.view(X, C, V))
+    torch.sub(inside, reads[..., 1, :], out=o.view(B, N, C, H, V).permute(1, 0, 3, 2, 4))
+    return S
 
 
-def _pair_products(rows: Tensor, columns: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The matrices A and Q [X, C, C] of X chunks, and the decay of each whole chunk [X, K].
+def _uninitialised(like: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Tensors of these shapes, parts of a single allocation.
+
+    One large block that is freed makes glibc keep memory of that size for the next call; of many smaller ones it
+    gives part back every time, and new pages cost a few milliseconds a call.
+    """
+    sizes = [prod(shape) for shape in shapes]
+    parts = like.new_empty(sum(sizes)).split(sizes)
+    return [x.view(shape) for x, shape in zip(parts, shapes, strict=True)]
+
+
+def _pair_products(pairs: Tensor, rows: Tensor, columns: Tensor, decay: Tensor) -> Tensor:
+    """Fills (I + A)^-1 and Q below the diagonal for X chunks; returns the decay of each whole chunk [X, K].
 
     Both factors are scaled in place and end as rows * P(0, t) and columns * P(s, C).
 
     Args:
-        rows: b * k and scale * q, interleaved [X, C, 2, K].
+        pairs: (I + A)^-1 and Q, with a spare row at the end of each chunk [2, X, C + 1, C]. Filled on the diagonal
+            and zero above it.
+        rows: b * k * exp(g) and q * exp(g), interleaved [X, C, 2, K].
         columns: k [X, C, K].
         decay: exp(g) [X, C, K].
 
     Source: the halving in this module's docstring.
     """
     X, C, _, K = rows.shape
-    pairs = rows.new_zeros(2, X, C, C)
-    # Pairs s = t: no decay. The solve takes the diagonal of A to be 1 and does not read it.
-    own = torch.bmm(rows.view(X * C, 2, K), columns.view(X * C, K, 1))
-    pairs.diagonal(dim1=2, dim2=3).copy_(own.view(X, C, 2).permute(2, 0, 1))
-    rows *= decay[:, :, None, :]
     # Below this a product of two factors is denormal: as good as zero, and ten times slower on a CPU.
     negligible = torch.finfo(rows.dtype).tiny ** 0.5
     m = 1
@@ -163,10 +201,17 @@ def _pair_products(rows: Tensor, columns: Tensor, decay: Tensor) -> tuple[Tensor
         blocks = C // (2 * m)
         second = rows.view(X * blocks, 2, 2 * m, K)[:, 1]  # the second half's tokens, two rows each
         first = columns.view(X * blocks, 2, m, K)[:, 0]
-        square = torch.bmm(second, first.mT).view(X, blocks, m, 2, m)
-        on_diagonal = pairs.view(2, X, blocks, 2 * m, blocks, 2 * m).diagonal(dim1=2, dim2=4)
-        # [2, X, 2m, 2m, blocks], the lower left quarter of each block
-        on_diagonal[:, :, m:, :m].copy_(square.permute(3, 0, 2, 4, 1))
+        square = torch.bmm(second, first.mT).view(X * blocks, m, 2, m)
+        # Thanks to the spare row, the blocks on the diagonals of all chunks lie at even distances.
+        spaced = pairs.view(2, X * blocks, 2 * m * (C + 1))
+        upper_left, lower_left, lower_right = (
+            spaced[..., start : start + m * C].unflatten(2, (m, C))[..., :m] for start in (0, m * C, m * (C + 1))
+        )
+        erase, read = square.unbind(2)
+        lower_left[1].copy_(read)
+        if m > 1:  # at m = 1 both inverses are 1
+            erase = torch.bmm(torch.bmm(lower_right[0], erase), upper_left[0])
+        torch.neg(erase, out=lower_left[0])
 
         halves = decay.view(X * blocks, 2, K)
         for factor, half in ((second, halves[:, :1]), (first, halves[:, 1:])):
@@ -174,4 +219,4 @@ def _pair_products(rows: Tensor, columns: Tensor, decay: Tensor) -> tuple[Tensor
             torch.hardshrink(factor, negligible, out=factor)
         decay = torch.hardshrink(halves[:, 0] * halves[:, 1], negligible)
         m *= 2
-    return pairs[0], pairs[1], decay.view(X, K)
+    return decay.view(X, K)

@@ -266,7 +266,7 @@ def test_low_precision_is_computed_in_float32(rule: Rule) -> None:
 def test_segments_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(2, 300, 2, 4, 16, 24)
     whole = CHUNK(**inputs)
-    monkeypatch.setattr(chunk_module, "SEGMENT_TOKENS", 32)
+    monkeypatch.setattr(chunk_module, "SEGMENT_BYTES", 1)  # a chunk each
     assert_close(CHUNK(**inputs), whole, EXACT)
 
 
