@@ -22,8 +22,9 @@ from gdn2_edge.ops import ModelWeights
 from gdn2_edge.runtime import Sample
 from gdn2_edge.spec import ModelSpec
 from gdn2_edge.state import LayerState, State
-from gdn2_edge.triton_ops import OFFSET_FLOATS, DecodeStep, StateLayout, TritonOps
+from gdn2_edge.triton_ops import OFFSET_FLOATS, DecodeStep, StateLayout
 from gdn2_edge.triton_ops import unsupported as unsupported
+from gdn2_edge.triton_prompts import TritonOps
 
 MAX_BATCH = 128
 NOT_FINITE = "The model's logits are not finite: its weights are damaged or hold NaN."
@@ -192,7 +193,7 @@ class TritonModel(Model):
         path: Path = Path(),
     ) -> None:
         super().__init__(spec, weights, device, dtype, fingerprint, path)
-        self.ops = TritonOps(dtype)
+        self.ops = TritonOps(dtype, device, weights)
         self.layout = StateLayout.of(spec)
         self.name = f"triton on {device}, {str(dtype)[6:]} activations in prompts"
         self._base = torch.zeros(OFFSET_FLOATS, device=device)

@@ -69,7 +69,7 @@ def _report(error: Exception) -> int:
         return 1
     if isinstance(error, Gdn2EdgeError):
         message = str(error)
-    elif isinstance(error, MemoryError) or "not enough memory" in str(error):
+    elif isinstance(error, MemoryError) or any(words in str(error) for words in ("not enough memory", "out of memory")):
         message = "there is not enough memory for this. A smaller model or format needs less."
     elif isinstance(error, OSError) and error.strerror:
         message = f"{error.filename or 'a file'}: {error.strerror}."

@@ -36,7 +36,7 @@ def chat(
     dtype: Annotated[
         str | None, typer.Option(help="Activations: fp32, bf16 or fp16; by default what suits the device.")
     ] = None,
-    runtime: Annotated[str, typer.Option(help="auto or torch.")] = "auto",
+    runtime: Annotated[str, typer.Option(help="auto, triton (fused kernels, on a GPU) or torch.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one answer as JSON (with --once or a pipe).")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print answers only.")] = False,
 ) -> None:
