@@ -301,6 +301,7 @@ class DecodeStep:
             )
             return self.attended
         out, rank = self.mixed, spec.head_v_dim
+        after = stored(_parts(layer.mlp.w12)[0])[1]
         if self.batch == 1:
             f_format, f, f_scale, f_group = stored(layer.f_proj)
             g_format, g, g_scale, g_group = stored(layer.g_proj)
@@ -335,6 +336,8 @@ class DecodeStep:
             out.squares,
             self.mixer_vectors,
             layer.in_proj.shape[0],
+            after.view(torch.uint8),
+            after.nbytes,
             spec.head_k_dim**-0.5,
             spec.erase_scale,
             H=spec.num_heads,
@@ -353,8 +356,10 @@ class DecodeStep:
             GATE=spec.output_gate,
             VALUES=forms.values,
             PLANES=forms.planes,
+            THREADS=32 * MIXER_WARPS,
+            PREFETCH=PREFETCH_BYTES if self.gpu.pdl and self.batch == 1 else 0,
             HARDWARE_FP8=self.gpu.hardware_fp8,
-            num_warps=8,
+            num_warps=MIXER_WARPS,
         )
         return out
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from gdn2_edge.kernels.triton.gemv import write_activation
-from gdn2_edge.kernels.triton.launch import let_next_start, wait_for_previous
+from gdn2_edge.kernels.triton.launch import let_next_start, prefetch_l2, wait_for_previous
 from gdn2_edge.kernels.triton.stored import load_words, words_times
 
 OFFSET_FLOATS = tl.constexpr(16)
@@ -41,6 +41,8 @@ def decode_kernel(
     p_squares,  # fp32 [B, HV, V / BLOCK_V]
     p_vectors,  # fp32 [B, HV, V / BLOCK_V, 4, K_2], a program's own
     y_stride,
+    p_next,  # bytes that a later kernel reads, for which the memory has time now
+    next_bytes,
     scale,
     erase_scale,
     H: tl.constexpr,
@@ -59,6 +61,8 @@ def decode_kernel(
     GATE: tl.constexpr,  # "silu" or "sigmoid"
     VALUES: tl.constexpr,
     PLANES: tl.constexpr,
+    THREADS: tl.constexpr,
+    PREFETCH: tl.constexpr,  # of these bytes by each program
     HARDWARE_FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -71,6 +75,9 @@ def decode_kernel(
     p_before = p_base + tl.load(p_source + i_b) * OFFSET_FLOATS
     p_after = p_base + tl.load(p_target + i_b) * OFFSET_FLOATS
 
+    if PREFETCH > 0:
+        begin = (i_hv * tl.num_programs(0) + i_v) * PREFETCH
+        prefetch_l2(p_next + begin, next_bytes - begin, PREFETCH, THREADS)
     # Weights, and the state, which no kernel of this step has written.
     o_s = s_offset + i_hv * K * V + o_k[:, None] * V + o_v[None, :]
     m_s = m_k[:, None] & m_v[None, :]
