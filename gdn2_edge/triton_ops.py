@@ -14,16 +14,21 @@ import torch
 from torch import Tensor
 
 from gdn2_edge.kernels.triton import attention, gemm, recurrence, rows, sample
-from gdn2_edge.kernels.triton.gemv import BOTH_FORMS, Activation, Forms, gemv, make_activation, num_programs
+from gdn2_edge.kernels.triton.activation import BOTH_FORMS, Activation, Forms, make_activation
+from gdn2_edge.kernels.triton.gemv import gemv, num_programs
 from gdn2_edge.kernels.triton.launch import Gpu, cdiv, gpu_of, next_power_of_2, pdl_options
 from gdn2_edge.kernels.triton.stored import WEIGHTS_PER_WORD, stored
 from gdn2_edge.ops import AttentionLayer, Gdn2Layer, Layer, ModelWeights
 from gdn2_edge.spec import ModelSpec
 from gdn2_edge.state import Gdn2State, LayerState, State, WindowState
-from gdn2_edge.weights import Dense, Int4, Int8, Joined, Weight
+from gdn2_edge.weights import Dense, Joined, Weight
 
 OFFSET_FLOATS = 16  # tables of states count in these, so that kernels know how addresses are aligned
 EMBED_BLOCK = 128
+MIXER_WARPS = 8
+# The mixer leaves the memory idle for some microseconds: each of its programs has so much of w1 and w2 brought into the
+# L2 cache meanwhile.
+PREFETCH_BYTES = int(__import__("os").environ.get("PF", 98304))
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,8 @@ def _parts(weight: Weight) -> tuple[Weight, ...]:
 
 
 def _forms(*readers: Weight) -> Forms:
-    integers = [isinstance(part, Int8 | Int4) for weight in readers for part in _parts(weight)]
-    return Forms(values=not all(integers), planes=any(integers))
+    coded = [not isinstance(part, Dense) for weight in readers for part in _parts(weight)]
+    return Forms(values=not all(coded), planes=any(coded))
 
 
 def vector(weight: Weight) -> Tensor:

@@ -8,8 +8,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
-# Kernels for GPUs run compiled on a GPU and, where there is none, in Triton's interpreter. Read when triton is imported,
-# which the deterministic mode below does.
+# Kernels for GPUs run compiled on a GPU and, where there is none, in Triton's interpreter. Read when triton is
+# imported, which the deterministic mode below does.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn2_edge.kernels.triton.gemv import Activation, write_activation
+from gdn2_edge.kernels.triton.activation import Activation, write_activation
 from gdn2_edge.kernels.triton.launch import let_next_start, pdl_options, wait_for_previous
 
 # Bounds on the parts. Fewer than three programs a multiprocessor keep too little in flight; beyond eight, or below

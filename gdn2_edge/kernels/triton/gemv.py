@@ -3,11 +3,9 @@
 Each program owns consecutive rows of W and works on BLOCK_N of them at a time. Its first rows are asked for before the
 kernel waits for the one before it, and later rows while earlier ones are multiplied, so that the memory is always busy.
 
-What flows between kernels is an `Activation`: fp32 values, and the same values in blocks of 8 as 16-bit fixed point
-with one unit a block, in two planes of signed bytes (x = (256 high + low) unit). bf16, fp16, fp32 and fp8 weights
-become fp32 in registers and meet the values. int8 and int4 codes meet the planes: four products an instruction, whose
-sums are exact; that takes 1.3 instructions a weight, where converting and multiplying takes 4 to 8. The rounding is to
-2^-16 of the largest of 8 neighbours, finer than fp16.
+bf16, fp16 and fp32 weights become fp32 in registers and meet the fp32 values of the input; fp8 weights too, and meet
+16-bit fixed point. int8 and int4 codes meet its bytes: four products an instruction, whose sums are exact; that takes
+1.3 instructions a weight, where converting and multiplying takes 4 to 8. See activation.py for the forms of an input.
 
 An RMSNorm is divided between two kernels: the writer of x multiplies by the norm's weight and leaves a partial sum of
 x^2, the reader multiplies its results (or, for norms within heads, its inputs) by the factor.
@@ -15,55 +13,23 @@ x^2, the reader multiplies its results (or, for norms within heads, its inputs) 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn2_edge.kernels.triton.activation import (
+    BOTH_FORMS,
+    Activation,
+    Forms,
+    load_planes,
+    load_values_of,
+    write_activation,
+)
 from gdn2_edge.kernels.triton.launch import Gpu, let_next_start, pdl_options, wait_for_previous
 from gdn2_edge.kernels.triton.stored import dot4, stored, weights_per_word, word_values
 from gdn2_edge.weights import Weight
-
-UNIT_BLOCK = tl.constexpr(8)
-
-
-class Forms(NamedTuple):
-    """Which forms of an activation its readers need: values for float weights, planes for integer ones."""
-
-    values: bool
-    planes: bool
-
-
-BOTH_FORMS = Forms(True, True)
-
-
-@dataclass(frozen=True)
-class Activation:
-    """What one kernel writes and the next reads, for K channels of one sequence.
-
-    values: fp32 [K]. high, low: int8 [K]. unit: fp32 [K / 8]. squares: fp32, partial sums of squares before the norm's
-    weight; [programs of the writer], or [heads, parts] where the norm is within heads.
-    """
-
-    values: Tensor
-    high: Tensor
-    low: Tensor
-    unit: Tensor
-    squares: Tensor
-
-
-def make_activation(channels: int, squares: tuple[int, ...], device: torch.device) -> Activation:
-    """Buffers for an activation of `channels` (a multiple of 8)."""
-    return Activation(
-        values=torch.zeros(channels, device=device),
-        high=torch.zeros(channels, dtype=torch.int8, device=device),
-        low=torch.zeros(channels, dtype=torch.int8, device=device),
-        unit=torch.zeros(channels // 8, device=device),
-        squares=torch.zeros(squares, device=device),
-    )
 
 
 class Config(NamedTuple):
@@ -191,38 +157,6 @@ def gemv(
         num_warps=config.num_warps,
         **pdl_options(gpu.pdl),
     )
-
-
-@triton.jit
-def write_activation(
-    p_values, p_high, p_low, p_unit, x, o, mask, ROWS: tl.constexpr, VALUES: tl.constexpr, PLANES: tl.constexpr
-):
-    """Write x [ROWS], ROWS a multiple of 8, for the channels o [ROWS], which start at a multiple of 8.
-
-    VALUES and PLANES say which of the two forms a reader needs.
-    """
-    if VALUES:
-        tl.store(p_values + o, x, mask)
-    if PLANES:
-        _write_planes(p_high, p_low, p_unit, x, o, mask, ROWS)
-
-
-@triton.jit
-def _write_planes(p_high, p_low, p_unit, x, o, mask, ROWS: tl.constexpr):
-    BLOCKS: tl.constexpr = ROWS // UNIT_BLOCK
-    blocks = tl.where(mask, x, 0.0).reshape(BLOCKS, UNIT_BLOCK)
-    # 127 * 256 and no more, or the high byte would reach 128. A NaN goes on through the unit.
-    unit = tl.max(tl.abs(blocks), 1) * (1.0 / 32512.0)
-    unit = tl.where(tl.sum((blocks != blocks).to(tl.int32), 1) > 0, float("nan"), unit)
-    inverse = 1.0 / tl.where(unit > 0, unit, 1.0)
-    q = tl.floor(blocks * inverse[:, None] + 0.5).to(tl.int32)
-    high = (q + 128) >> 8
-    low = q - high * 256
-    o_block = o.reshape(BLOCKS, UNIT_BLOCK)
-    inside = mask.reshape(BLOCKS, UNIT_BLOCK)
-    tl.store(p_high + o_block, high.to(tl.int8), inside)
-    tl.store(p_low + o_block, low.to(tl.int8), inside)
-    tl.store(p_unit + tl.min(o_block, 1) // UNIT_BLOCK, unit, tl.max(inside.to(tl.int32), 1) > 0)
 
 
 @triton.jit
@@ -453,10 +387,10 @@ def _program(
 
     wait_for_previous(PDL)
     let_next_start(PDL)
-    if FORMAT == "int8" or FORMAT == "int4":
-        x = _load_planes(p_high, p_low, p_unit, p_squares, eps, K, FORMAT, NORM, HEAD, PARTS, BLOCK_K, CHUNKS, ASM)
+    if FORMAT == "int8" or FORMAT == "int4" or FORMAT == "fp8":
+        x = load_planes(p_high, p_low, p_unit, p_squares, eps, K, FORMAT, NORM, HEAD, PARTS, BLOCK_K, CHUNKS, ASM)
     else:
-        x = _load_values(p_values, p_squares, eps, K, FORMAT, NORM, HEAD, PARTS, BLOCK_K, CHUNKS)
+        x = load_values_of(p_values, p_squares, eps, K, FORMAT, NORM, HEAD, PARTS, BLOCK_K, CHUNKS)
     factor = 1.0
     if NORM == "rms":
         o_part = tl.arange(0, SQUARES)
@@ -547,8 +481,8 @@ def _product(
         for i in tl.static_range(CHUNKS):
             codes = w[FIRST + i]
             zero = tl.zeros(codes.shape, tl.int32)
-            high = dot4(codes, x[3 * i][None, :, :].broadcast_to(codes.shape), zero, ASM, True)
-            low = dot4(codes, x[3 * i + 1][None, :, :].broadcast_to(codes.shape), zero, ASM, True)
+            high = dot4(codes, x[3 * i][None, :, :].broadcast_to(codes.shape), zero, ASM, True, True)
+            low = dot4(codes, x[3 * i + 1][None, :, :].broadcast_to(codes.shape), zero, ASM, True, False)
             y += (high * 256 + low).to(tl.float32) * x[3 * i + 2][None, :, :]
         return tl.sum(tl.sum(y, 2), 1)
     elif FORMAT == "int4":
@@ -558,10 +492,10 @@ def _product(
             even = words & 0x0F0F0F0F
             odd = (words >> 4) & 0x0F0F0F0F
             zero = tl.zeros(words.shape, tl.int32)
-            high = dot4(even, x[6 * i][None, :, :].broadcast_to(words.shape), zero, ASM, False)
-            high = dot4(odd, x[6 * i + 1][None, :, :].broadcast_to(words.shape), high, ASM, False)
-            low = dot4(even, x[6 * i + 2][None, :, :].broadcast_to(words.shape), zero, ASM, False)
-            low = dot4(odd, x[6 * i + 3][None, :, :].broadcast_to(words.shape), low, ASM, False)
+            high = dot4(even, x[6 * i][None, :, :].broadcast_to(words.shape), zero, ASM, False, True)
+            high = dot4(odd, x[6 * i + 1][None, :, :].broadcast_to(words.shape), high, ASM, False, True)
+            low = dot4(even, x[6 * i + 2][None, :, :].broadcast_to(words.shape), zero, ASM, False, False)
+            low = dot4(odd, x[6 * i + 3][None, :, :].broadcast_to(words.shape), low, ASM, False, False)
             total = tl.sum((high * 256 + low).to(tl.float32) * x[6 * i + 4][None, :, :], 2)
             y += (total - x[6 * i + 5][None, :]) * w[FIRST + 2 * i + 1].to(tl.float32)
         return tl.sum(y, 1)
@@ -572,114 +506,3 @@ def _product(
             for j in tl.static_range(PER_WORD):
                 y += values[j] * x[PER_WORD * i + j][None, :, :]
         return tl.sum(tl.sum(y, 2), 1)
-
-
-@triton.jit
-def _head_factor(p_squares, head, mask, eps, HEAD: tl.constexpr, PARTS: tl.constexpr):
-    """The RMS factor of each head of a tensor of head indices."""
-    squares = tl.zeros(head.shape, tl.float32)
-    for i in tl.static_range(PARTS):
-        squares += tl.load(p_squares + head * PARTS + i, mask, 0.0)
-    return tl.rsqrt(squares / HEAD + eps)
-
-
-@triton.jit
-def _load_values(
-    p_values,
-    p_squares,
-    eps,
-    K: tl.constexpr,
-    FORMAT: tl.constexpr,
-    NORM: tl.constexpr,
-    HEAD: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
-    """The input, fp32, as the weights of a word are: for each chunk and weight of a word a tensor [vectors, 4]."""
-    PER_WORD: tl.constexpr = weights_per_word(FORMAT)
-    VECTORS: tl.constexpr = BLOCK_K // (4 * PER_WORD)
-    chunks = ()
-    for i in tl.static_range(CHUNKS):
-        o_v = i * VECTORS + tl.arange(0, VECTORS)
-        o_w = o_v[:, None] * 4 + tl.arange(0, 4)[None, :]
-        mask = (o_v < K // (4 * PER_WORD))[:, None]
-        factor = 1.0
-        if NORM == "heads":  # a vector lies within a head
-            factor = _head_factor(p_squares, o_w * PER_WORD // HEAD, mask, eps, HEAD, PARTS)
-        if PER_WORD == 1:
-            chunks = chunks + (tl.load(p_values + o_w, mask, 0.0) * factor,)  # noqa: RUF005
-        else:
-            for j in tl.static_range(PER_WORD // 2):  # two at once: the compiler then keeps them in the thread
-                pair = tl.load(p_values.to(tl.pointer_type(tl.int64)) + o_w * (PER_WORD // 2) + j, mask, 0)
-                first = pair.to(tl.int32).to(tl.float32, bitcast=True)
-                second = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-                chunks = chunks + (first * factor, second * factor)  # noqa: RUF005
-    return chunks
-
-
-@triton.jit
-def _load_planes(
-    p_high,
-    p_low,
-    p_unit,
-    p_squares,
-    eps,
-    K: tl.constexpr,
-    FORMAT: tl.constexpr,
-    NORM: tl.constexpr,
-    HEAD: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """The input in packed bytes, arranged as the codes of a word of weights are.
-
-    A chunk for int8 takes three tensors [vectors of 16, 4]: high bytes, low bytes, unit. For int4 six: high bytes that
-    meet even and odd codes, low bytes of both, unit [vectors of 32, 4], and what codes of 8, which stand for 0, add up
-    to [vectors].
-    """
-    p_high_words = p_high.to(tl.pointer_type(tl.int32 if FORMAT == "int8" else tl.int64))
-    p_low_words = p_low.to(tl.pointer_type(tl.int32 if FORMAT == "int8" else tl.int64))
-    VECTOR: tl.constexpr = 4 * weights_per_word(FORMAT)
-    chunks = ()
-    for i in tl.static_range(CHUNKS):
-        o_v = i * (BLOCK_K // VECTOR) + tl.arange(0, BLOCK_K // VECTOR)
-        o_w = o_v[:, None] * 4 + tl.arange(0, 4)[None, :]
-        mask = (o_v < K // VECTOR)[:, None]
-        high = tl.load(p_high_words + o_w, mask, 0)
-        low = tl.load(p_low_words + o_w, mask, 0)
-        unit = tl.load(p_unit + o_w * (VECTOR // 4) // UNIT_BLOCK, mask, 0.0)
-        if NORM == "heads":
-            unit *= _head_factor(p_squares, o_w * (VECTOR // 4) // HEAD, mask, eps, HEAD, PARTS)
-        if FORMAT == "int8":
-            chunks = chunks + (high, low, unit)  # noqa: RUF005
-        else:
-            high_even, high_odd = _even_and_odd(high, ASM)
-            low_even, low_odd = _even_and_odd(low, ASM)
-            eights = tl.full(high_even.shape, 0x08080808, tl.int32)
-            zero = tl.zeros(high_even.shape, tl.int32)
-            high = dot4(eights, high_odd, dot4(eights, high_even, zero, ASM, False), ASM, False)
-            low = dot4(eights, low_odd, dot4(eights, low_even, zero, ASM, False), ASM, False)
-            offset = tl.sum((high * 256 + low).to(tl.float32) * unit, 1)
-            chunks = chunks + (high_even, high_odd, low_even, low_odd, unit, offset)  # noqa: RUF005
-    return chunks
-
-
-@triton.jit
-def _even_and_odd(words, ASM: tl.constexpr):
-    """Bytes 0, 2, 4, 6 and bytes 1, 3, 5, 7 of int64 words, each as int32."""
-    first, second = words.to(tl.int32), (words >> 32).to(tl.int32)
-    if ASM:
-        even = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x6420;", "=r,r,r", [first, second], dtype=tl.int32, is_pure=True, pack=1
-        )
-        odd = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x7531;", "=r,r,r", [first, second], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        even = (first & 255) | ((first >> 8) & 0xFF00) | ((second & 255) << 16) | ((second & 0xFF0000) << 8)
-        odd = ((first >> 8) & 255) | ((first >> 16) & 0xFF00)
-        odd = odd | ((second << 8) & 0xFF0000) | (second & -0x1000000)
-    return even, odd

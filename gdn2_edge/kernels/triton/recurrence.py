@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gdn2_edge.kernels.triton.gemv import write_activation
+from gdn2_edge.kernels.triton.activation import write_activation
 from gdn2_edge.kernels.triton.launch import let_next_start, prefetch_l2, wait_for_previous
 from gdn2_edge.kernels.triton.stored import load_words, words_times
 

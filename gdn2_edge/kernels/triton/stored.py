@@ -106,21 +106,18 @@ def _halves(words):
 
 
 @triton.jit
-def dot4(a, b, c, ASM: tl.constexpr, A_SIGNED: tl.constexpr):
-    """c + the sum of four products of bytes; a (signed or not) and b (signed) hold four bytes an int32."""
+def dot4(a, b, c, ASM: tl.constexpr, A_SIGNED: tl.constexpr, B_SIGNED: tl.constexpr):
+    """c + the sum of four products of bytes, signed or not; a and b hold four an int32."""
     if ASM:
-        if A_SIGNED:
-            return tl.inline_asm_elementwise(
-                "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
-            )
+        TYPES: tl.constexpr = (".s32" if A_SIGNED else ".u32") + (".s32" if B_SIGNED else ".u32")
+        return tl.inline_asm_elementwise(
+            "dp4a" + TYPES + " $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
     else:
         for i in tl.static_range(4):
-            byte = (a << (24 - 8 * i)) >> 24 if A_SIGNED else (a >> (8 * i)) & 255
-            c += byte * ((b << (24 - 8 * i)) >> 24)
+            first = (a << (24 - 8 * i)) >> 24 if A_SIGNED else (a >> (8 * i)) & 255
+            second = (b << (24 - 8 * i)) >> 24 if B_SIGNED else (b >> (8 * i)) & 255
+            c += first * second
         return c
 
 

@@ -11,16 +11,8 @@ from stored_weights import FORMATS, make_weight
 from torch import Tensor
 
 from gdn2_edge.kernels.triton import gemv as gemv_module
-from gdn2_edge.kernels.triton.gemv import (
-    CONFIGS,
-    Activation,
-    Config,
-    Forms,
-    gemv,
-    gemv_config,
-    make_activation,
-    num_programs,
-)
+from gdn2_edge.kernels.triton.activation import Activation, Forms, make_activation
+from gdn2_edge.kernels.triton.gemv import CONFIGS, Config, gemv, gemv_config, num_programs
 from gdn2_edge.kernels.triton.launch import Gpu, gpu_of
 from gdn2_edge.weights import Int4, Weight
 
@@ -31,7 +23,7 @@ EPS = 1e-5
 SUM_TOLERANCE = 1e-6
 # Of what is made of it: the fp32 factor of a norm, silu.
 NORM_TOLERANCE = 2e-6
-# Fixed point in 16 bits: half a unit of 1 / 32512 of the largest of a block, and the rounding of the unit itself.
+# Fixed point in 16 bits: half a unit of 1 / 32767 of the largest of a block, and the rounding of the unit itself.
 PLANE_TOLERANCE = 2**-15
 BLOCK = 8
 
@@ -80,11 +72,10 @@ def make_input(x: Tensor, squares: Tensor, forms: Forms, device: torch.device) -
         activation.values.copy_(x)
         return activation, x.double()
     blocks = x.view(-1, BLOCK)
-    unit = blocks.abs().amax(1, keepdim=True) / 32512
+    unit = blocks.abs().amax(1, keepdim=True) / 32767
     codes = torch.nan_to_num(blocks / torch.where(unit > 0, unit, 1)).round().int()
-    high = (codes + 128) >> 8
-    activation.high.copy_(high.flatten())
-    activation.low.copy_((codes - 256 * high).flatten())
+    activation.high.copy_((codes >> 8).flatten())
+    activation.low.copy_((codes & 255).flatten())
     activation.unit.copy_(unit.flatten())
     return activation, (codes.double() * unit.double()).flatten()
 
@@ -113,10 +104,10 @@ def check_written(out: Activation, expected: Tensor, size: Tensor, forms: Forms)
 def run(weight: Weight, norm: str, output: str, gpu: Gpu, device: torch.device, forms: Forms, parts: int = 3) -> None:
     """One call with random input against fp64."""
     rows, channels = weight.shape[0] // (2 if output == "glu" else 1), weight.shape[1]
-    is_integer = weight.name.startswith("int")
+    is_coded = weight.name.startswith(("int", "fp8"))
     heads = HEADS[channels] if norm == "heads" else 1
     squares = normal(heads, parts).abs() * (channels / heads / parts) + 0.1
-    x, exact = make_input(normal(channels, seed=2), squares, Forms(not is_integer, is_integer), device)
+    x, exact = make_input(normal(channels, seed=2), squares, Forms(not is_coded, is_coded), device)
     if norm == "rms":
         exact = exact * torch.rsqrt(squares.double().sum() / channels + EPS)
     elif norm == "heads":
@@ -217,11 +208,11 @@ def test_parts_of_squares(parts: int, device: torch.device) -> None:
 @pytest.mark.parametrize("norm", ["rms", "heads", "none"])
 def test_a_nan_reaches_every_result(format: str, norm: str, device: torch.device) -> None:
     channels = 96
-    is_integer = format.startswith("int")
+    is_coded = format.startswith(("int", "fp8"))
     x = normal(channels)
     x[37] = torch.nan
     weight = make_weight(format, 16, channels, device)
-    activation, _ = make_input(x, torch.ones(4, 1), Forms(not is_integer, is_integer), device)
+    activation, _ = make_input(x, torch.ones(4, 1), Forms(not is_coded, is_coded), device)
     y = torch.zeros(16, device=device)
     gemv(activation, weight, norm=norm, eps=EPS, output="store", gpu=gpu_of(device), y=y)
     assert y.isnan().all()
@@ -229,9 +220,9 @@ def test_a_nan_reaches_every_result(format: str, norm: str, device: torch.device
 
 @pytest.mark.parametrize("format", ["fp32", "int8", "int4 g32"])
 def test_a_nan_in_the_squares_reaches_every_result(format: str, device: torch.device) -> None:
-    is_integer = format.startswith("int")
+    is_coded = format.startswith(("int", "fp8"))
     squares = torch.tensor([[1.0], [torch.nan]])
-    activation, _ = make_input(normal(64), squares, Forms(not is_integer, is_integer), device)
+    activation, _ = make_input(normal(64), squares, Forms(not is_coded, is_coded), device)
     weight = make_weight(format, 8, 64, device)
     for norm in ("rms", "heads"):
         y = torch.zeros(8, device=device)
@@ -264,8 +255,8 @@ def test_what_is_not_finite_is_written_to_its_block(bad: float, device: torch.de
 def test_zeros(format: str, device: torch.device) -> None:
     """Zeros give zeros in both forms, though there is nothing to divide by."""
     channels = CHANNELS[format][0]
-    is_integer = format.startswith("int")
-    activation, _ = make_input(torch.zeros(channels), torch.zeros(1, 1), Forms(not is_integer, is_integer), device)
+    is_coded = format.startswith(("int", "fp8"))
+    activation, _ = make_input(torch.zeros(channels), torch.zeros(1, 1), Forms(not is_coded, is_coded), device)
     weight = make_weight(format, 16, channels, device)
     out = empty_activation(8, (1,), device)
     gemv(activation, weight, norm="rms", eps=EPS, output="glu", gpu=gpu_of(device), out=out)
@@ -274,7 +265,7 @@ def test_zeros(format: str, device: torch.device) -> None:
 
 
 def test_planes_of_blocks_of_every_size(device: torch.device) -> None:
-    """Each block has a unit of its own: the largest of 8 is 127 * 256 units, and the high byte stays a signed byte."""
+    """Each block has a unit of its own: the largest of 8 is 32767 units."""
     exponents = torch.linspace(-100, 50, 12).repeat_interleave(BLOCK)
     x = normal(96).clamp(-2, 2) * exponents.exp2()
     x[40:48] = 0
@@ -287,15 +278,15 @@ def test_planes_of_blocks_of_every_size(device: torch.device) -> None:
     assert torch.equal(out.values.cpu(), x)
     largest = x.double().view(-1, BLOCK).abs().amax(1).repeat_interleave(BLOCK)
     assert ((planes_of(out) - x).abs() <= PLANE_TOLERANCE * largest).all()
-    assert int((out.high.int() * 256 + out.low.int()).abs().max()) == 32512
+    assert int((out.high.int() * 256 + out.low.int()).abs().max()) == 32767
 
 
 def test_again_gives_the_same_bits(device: torch.device) -> None:
     for format in ("bf16", "int8", "int4 g32"):
-        weight, is_integer = make_weight(format, 80, 96, device), format.startswith("int")
+        weight, is_coded = make_weight(format, 80, 96, device), format.startswith(("int", "fp8"))
         results = []
         for _ in range(2):
-            x, _ = make_input(normal(96), torch.ones(1, 2), Forms(not is_integer, is_integer), device)
+            x, _ = make_input(normal(96), torch.ones(1, 2), Forms(not is_coded, is_coded), device)
             out = empty_activation(80, (num_programs(weight, "add", gpu_of(device)),), device)
             y, gain = normal(80).to(device), normal(80, seed=5).to(device)
             gemv(x, weight, norm="rms", eps=EPS, output="add", gpu=gpu_of(device), y=y, gain=gain, out=out)

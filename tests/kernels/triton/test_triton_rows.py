@@ -12,7 +12,7 @@ from stored_weights import FORMATS, make_weight
 from torch import Tensor
 
 from gdn2_edge.kernels.triton import rows
-from gdn2_edge.kernels.triton.gemv import make_activation
+from gdn2_edge.kernels.triton.activation import make_activation
 from gdn2_edge.kernels.triton.launch import gpu_of, pdl_options
 from gdn2_edge.kernels.triton.stored import stored
 

@@ -83,24 +83,28 @@ def test_floats_of_every_size(format: str, device: torch.device) -> None:
 
 
 @triton.jit
-def dot4_kernel(p_a, p_b, p_c, p_out, N: tl.constexpr, ASM: tl.constexpr, A_SIGNED: tl.constexpr):
+def dot4_kernel(
+    p_a, p_b, p_c, p_out, N: tl.constexpr, ASM: tl.constexpr, A_SIGNED: tl.constexpr, B_SIGNED: tl.constexpr
+):
     o = tl.arange(0, N)
-    tl.store(p_out + o, dot4(tl.load(p_a + o), tl.load(p_b + o), tl.load(p_c + o), ASM, A_SIGNED))
+    tl.store(p_out + o, dot4(tl.load(p_a + o), tl.load(p_b + o), tl.load(p_c + o), ASM, A_SIGNED, B_SIGNED))
 
 
-@pytest.mark.parametrize("signed", [True, False])
-def test_dot4_of_extreme_bytes(signed: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("b_signed", [True, False])
+@pytest.mark.parametrize("a_signed", [True, False])
+def test_dot4_of_extreme_bytes(a_signed: bool, b_signed: bool, device: torch.device) -> None:
     extremes = torch.tensor([-128, -127, -1, 0, 1, 127], dtype=torch.int8)
     a = extremes[torch.randint(0, 6, (256, 4), generator=torch.Generator().manual_seed(0))]
     b = extremes[torch.randint(0, 6, (256, 4), generator=torch.Generator().manual_seed(1))]
     a[:2], b[0], b[1] = -128, -128, 127
     c = torch.randint(-(2**28), 2**28, (256,), dtype=torch.int32)
-    first = a.int() if signed else a.view(torch.uint8).int()
-    expected = (first * b.int()).sum(1) + c
+    first = a.int() if a_signed else a.view(torch.uint8).int()
+    second = b.int() if b_signed else b.view(torch.uint8).int()
+    expected = (first * second).sum(1) + c
     words = [x.contiguous().view(torch.int32).flatten().to(device) for x in (a, b)]
     for asm in {False, gpu_of(device).asm}:
         out = torch.full((256,), -7, dtype=torch.int32, device=device)
-        dot4_kernel[(1,)](*words, c.to(device), out, 256, asm, signed)
+        dot4_kernel[(1,)](*words, c.to(device), out, 256, asm, a_signed, b_signed)
         assert torch.equal(out.cpu(), expected.int())
 
 
