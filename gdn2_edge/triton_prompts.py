@@ -1,4 +1,4 @@
-"""`TritonOps`: the verbs for prompts on a GPU, a layer in few launches.
+"""`TritonOps`: the verbs for prompts on a GPU, a layer in few launches; `PromptStep`, a short prompt as one graph.
 
 The residual stream is fp32, what products read is in the activations' dtype, states are as everywhere. Kernels know
 none of the layers; this file knows no weights beyond their layouts and no files.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdn2_edge.forward import sliding_attention
+from gdn2_edge.forward import forward, head, sliding_attention
 from gdn2_edge.kernels.triton import gemm, rows
 from gdn2_edge.kernels.triton.chunk import chunk_gated_delta_rule2
 from gdn2_edge.kernels.triton.expand import expand
@@ -24,7 +24,7 @@ from gdn2_edge.ops import BlockBody, Gdn2Layer, Layer, Mlp, ModelWeights
 from gdn2_edge.spec import ModelSpec
 from gdn2_edge.state import Gdn2State, LayerState, WindowState
 from gdn2_edge.torch_ops import TorchOps
-from gdn2_edge.triton_ops import vector
+from gdn2_edge.triton_ops import StateLayout, vector
 from gdn2_edge.weights import Dense, Weight
 
 # Up to so many tokens a product reads the stored weights; beyond, they are expanded once and multiplied by cuBLAS.
@@ -184,3 +184,53 @@ class TritonOps(TorchOps):
 
     def _is_plain(self, weight: Weight) -> bool:
         return isinstance(weight, Dense) and weight.data.dtype == self.dtype
+
+
+class PromptStep:
+    """Some tokens more of one sequence, captured in a CUDA graph for each size; models of gdn2 layers only.
+
+    Attributes, all in device memory: `position` [1] and `block` [1, block_floats], the state, which a run moves on in
+    place; and `logits` fp32 [1, V] of the last token fed.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, weights: ModelWeights, ops: TritonOps, layout: StateLayout, max_tokens: int
+    ) -> None:
+        device = weights.ln_f.rows(slice(None)).device
+        self.spec, self.weights, self.layout = spec, weights, layout
+        self.tokens = torch.zeros(1, max_tokens, dtype=torch.int64, device=device)
+        self.count = torch.ones(1, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.block = torch.zeros(1, layout.block_floats, device=device)
+        self.ring = torch.zeros(1, layout.ring_floats, device=device)
+        self.logits = torch.zeros(1, spec.vocab_size, device=device)
+        self.ops = ops.counting(self.count)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def run(self, tokens: Tensor, size: int) -> Tensor:
+        """Feed tokens [1, n], filled up to `size` tokens; `logits`, which the next run overwrites."""
+        n = tokens.shape[1]
+        self.tokens[:, :n].copy_(tokens)
+        self.count.fill_(n)
+        if graph := self._graphs.get(size):
+            graph.replay()
+            return self.logits
+        self._launch(size)  # compiles: a capture may only launch
+        if self._pool is not None:
+            torch.cuda.synchronize(self.tokens.device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._launch(size)
+            self._graphs[size] = graph
+        return self.logits
+
+    def _launch(self, size: int) -> None:
+        state = self.layout.views(self.position, self.block, self.ring)
+        x, new = forward(self.ops, self.spec, self.weights, self.tokens[:, :size], state)
+        last = x.index_select(1, self.count - 1)
+        self.logits.copy_(head(self.ops, self.spec, self.weights, last)[:, 0])
+        for to, source in zip(state.layers, new.layers, strict=True):
+            for name, view in vars(to).items():
+                view.copy_(getattr(source, name))
+        self.position.copy_(new.position)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="there is no triton for this system")
 
+from gdn2_edge import triton_model
 from gdn2_edge.bench.random_weights import random_weights
 from gdn2_edge.checkpoint.reader import open_checkpoint
 from gdn2_edge.convert import convert_checkpoint
@@ -66,7 +67,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def triton_model(source: WeightSource, dtype: torch.dtype, device: torch.device) -> TritonModel:
+def fused(source: WeightSource, dtype: torch.dtype, device: torch.device) -> TritonModel:
     weights = WeightReader(source, device, ready=lambda weight: weight).model()
     return TritonModel(source.spec, weights, device, dtype)
 
@@ -75,7 +76,7 @@ def random_model(
     folder: Path, fields: dict[str, Any], format: str, dtype: torch.dtype, device: torch.device
 ) -> TritonModel:
     (folder / "config.json").write_text(json.dumps(fields))
-    return triton_model(random_weights(str(folder / "config.json"), format), dtype, device)
+    return fused(random_weights(str(folder / "config.json"), format), dtype, device)
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -136,7 +137,7 @@ def test_golden_in_pieces(name: str, tmp_path: Path, device: torch.device) -> No
     config = str(GOLDEN / "hybrid.json") if name == "hybrid" else None
     convert_checkpoint(GOLDEN / f"{name}-model-ckpt.pth", tmp_path / name, config=config)
     golden = load_file(GOLDEN / f"{name}-golden.safetensors")
-    model = triton_model(open_checkpoint(tmp_path / name), torch.float32, device)
+    model = fused(open_checkpoint(tmp_path / name), torch.float32, device)
     # A sequence takes ten seconds in the interpreter.
     ids = golden["input_ids"].long() if device.type == "cuda" else golden["input_ids"][:1].long()
     cuts = [[0, 192], [0, 70, 71, 130, 192]] if device.type == "cuda" else [[0, 3, 68]]
@@ -148,3 +149,42 @@ def test_golden_in_pieces(name: str, tmp_path: Path, device: torch.device) -> No
         expected = golden["logits"][: len(ids), : places[-1]]
         worst = (torch.cat(pieces, 1) - expected).abs().max() / golden["logits"].std()
         assert float(worst) < GOLDEN_TOLERANCE
+
+
+@pytest.mark.parametrize("lengths", [[2, 16, 3], [37]], ids=str)
+def test_filled_up_pieces(
+    lengths: list[int], tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits and states after prompts that fill no captured piece, one after the other, and after a step."""
+    monkeypatch.setattr(triton_model, "CAPTURED_TOKENS", (4, 16))
+    model = random_model(tmp_path, {**GDN2, "conv_size": 4}, "fp32", torch.float32, device)
+    ids = torch.randint(0, 48, (1, sum(lengths) + 1), generator=torch.Generator().manual_seed(3))
+    for _ in range(2 if device.type == "cuda" else 1):  # the second time from graphs
+        state = model.initial_state()
+        first = state
+        for piece in ids[:, :-1].split(lengths, 1):
+            before, logits, state = state, *model.prefill(piece, state)
+        assert state.position.tolist() == [sum(lengths)]
+        expected, expected_state = model.forward(ids[:, :-1], model.initial_state())
+        assert distance(logits, expected[:, -1]) < 1e-5
+        for layer, expected_layer in zip(state.layers, expected_state.layers, strict=True):
+            for name, tensor in vars(expected_layer).items():
+                assert distance(getattr(layer, name), tensor) < 1e-5, name
+        again, _ = model.prefill(ids[:, sum(lengths[:-1]) : -1], before)
+        assert torch.equal(again, logits)
+        logits, _ = model.step(ids[:, -1], state)
+        assert distance(logits, model.forward(ids)[0][:, -1]) < 1e-5
+        assert all((layer.S == 0).all() for layer in first.layers)
+
+
+def test_long_prompts_are_launched_in_pieces(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"CAPTURED_TOKENS": (4, 16), "PIECE_TOKENS": 16, "LAUNCHED_MIN_TOKENS": 8}.items():
+        monkeypatch.setattr(triton_model, name, value)
+    model = random_model(tmp_path, GDN2, "fp32", torch.float32, device)
+    ids = torch.randint(0, 48, (1, 44), generator=torch.Generator().manual_seed(3))
+    expected, _ = model.forward(ids)
+    for tokens in (35, 44):
+        logits, _ = model.prefill(ids[:, :tokens], model.initial_state())
+        assert distance(logits, expected[:, tokens - 1]) < 1e-5
