@@ -256,7 +256,7 @@ class TritonModel(Model):
     def prefill(self, tokens: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
         if tokens.ndim == 2 and tokens.shape[1] == 1 and tokens.shape[0] <= MAX_BATCH:
             return self.step(tokens[:, 0], state)
-        tokens = self._checked(tokens, state)
+        on_device = self._checked(tokens, state)
         if tokens.shape[0] > 1 or self.spec.kv_heads:
             return super().prefill(tokens, self._functional(state))
         rest = tokens.shape[1] % PIECE_TOKENS
@@ -264,7 +264,7 @@ class TritonModel(Model):
         if launched:
             logits, state = super().prefill(tokens[:, :launched], self._functional(state))
         if launched < tokens.shape[1]:
-            logits, state = self._captured_prefill(tokens[:, launched:], self._at_rest(state))
+            logits, state = self._captured_prefill(on_device[:, launched:], self._at_rest(state))
         return logits, state
 
     def _captured_prefill(self, tokens: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
