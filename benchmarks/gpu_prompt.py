@@ -1,15 +1,18 @@
 """Milliseconds of prompts of a model with random weights on a GPU.
 
-    python benchmarks/gpu_prompt.py [--formats int8 bf16] [--tokens 64 512 4096 16384] [--few-rows 128 256] [--profile]
+    python benchmarks/gpu_prompt.py [--formats int8 bf16] [--tokens 64 512 4096 16384] [--few-rows 128 256]
+        [--piece-tokens 4096 8192] [--profile]
 
 Correctness first: the logits after a prompt against torch in fp32 from the same weights, beside torch in bf16. Then
 `prefill` of one sequence as a caller sees it, from tokens on the host to logits in memory, whose last kernel is waited
-for. --few-rows tries other places for `triton_prompts.FEW_ROWS`. --profile says which kernels the time went to.
+for. --few-rows tries other places for `triton_prompts.FEW_ROWS`, --piece-tokens
+other `triton_model.PIECE_TOKENS`. --profile says which kernels the time went to.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 
@@ -17,7 +20,7 @@ import torch
 from record import append, summary
 from torch import Tensor
 
-from gdn2_edge import triton_prompts
+from gdn2_edge import triton_model, triton_prompts
 from gdn2_edge.bench.random_weights import random_weights
 from gdn2_edge.model import Model, load_model
 from gdn2_edge.triton_model import TritonModel
@@ -35,6 +38,7 @@ def main() -> int:
     parser.add_argument("--formats", nargs="+", default=["int8", "bf16"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 512, 4096, 16384])
     parser.add_argument("--few-rows", nargs="+", type=int, default=[triton_prompts.FEW_ROWS])
+    parser.add_argument("--piece-tokens", nargs="+", type=int, default=[triton_model.PIECE_TOKENS])
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
@@ -48,21 +52,21 @@ def main() -> int:
         print(f"{format}: off by {ours:.2g} of the size of the logits, torch in bf16 by {theirs:.2g}")
         if not ours < ERROR_SHARE * theirs:
             return 1
-        for few_rows in args.few_rows:
-            triton_prompts.FEW_ROWS = few_rows
+        for few_rows, piece_tokens in itertools.product(args.few_rows, args.piece_tokens):
+            triton_prompts.FEW_ROWS, triton_model.PIECE_TOKENS = few_rows, piece_tokens
             model = fused(plain)  # with graphs of its own
             for tokens in args.tokens:
                 samples = milliseconds(model, prompt(model, tokens))
                 figures = summary(samples)
                 rate = tokens / figures["median"] * 1e3
-                print(f"{format}, stored weights up to {few_rows} rows, {tokens:6} tokens: "
+                print(f"{format}, stored weights up to {few_rows} rows, pieces of {piece_tokens}, {tokens:6} tokens: "
                       f"{figures['median']:8.2f} ms ({figures['p20']:.2f} to {figures['p80']:.2f}), "
                       f"{rate:.0f} tokens/s", flush=True)  # fmt: skip
                 if args.profile:
                     profile(model, prompt(model, tokens))
                 if args.record:
-                    facts = {"config": args.config, "format": format, "tokens": tokens, "few_rows": few_rows}
-                    append("gpu_prompt", {**facts, "milliseconds": figures})
+                    sizes = {"tokens": tokens, "few_rows": few_rows, "piece_tokens": piece_tokens}
+                    append("gpu_prompt", {"config": args.config, "format": format, **sizes, "milliseconds": figures})
     return 0
 
 

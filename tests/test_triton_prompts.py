@@ -18,7 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="there is no triton for this system")
 
-from gdn2_edge import triton_model
+from gdn2_edge import triton_model, triton_prompts
 from gdn2_edge.bench.random_weights import random_weights
 from gdn2_edge.checkpoint.reader import open_checkpoint
 from gdn2_edge.convert import convert_checkpoint
@@ -32,7 +32,8 @@ GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_TOLERANCE = 5e-5  # as in test_model.py
 # Norm of the difference over that of the values: fp32 in another order; bf16 rounded in other places, and by the
 # interpreter towards zero.
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 0.02}
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+PIECES_TOLERANCE = 1e-5  # fp32 in another order, of norms too
 pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid value|slice) encountered:RuntimeWarning")
 
 GDN2 = {
@@ -98,9 +99,9 @@ def random_state(state: LayerState[Tensor], seed: int) -> LayerState[Tensor]:
     [
         (GDN2, "fp32", 1, 5),
         (GDN2, "bf16", 2, 1),
-        (HYBRID, "bf16", 2, 20),
-        (HYBRID, "int8", 1, 130),  # weights are expanded, the rule is chunked
-        (HYBRID, "int4", 1, 70),
+        (HYBRID, "bf16", 2, 6),
+        (GDN2, "int8", 1, 66),  # expanded weights, the rule in chunks
+        (HYBRID, "int4", 1, 18),
     ],
     ids=lambda value: "" if isinstance(value, dict) else str(value),
 )
@@ -112,7 +113,10 @@ def test_layers_against_the_verbs(
     dtype: torch.dtype,
     tmp_path: Path,
     device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(triton_prompts, "FEW_ROWS", 16)
+    monkeypatch.setattr(triton_prompts, "FEW_INPUTS", 0)
     model = random_model(tmp_path, fields, format, dtype, device)
     position = torch.full((batch,), 11, device=device)
     state = initial_state(model.spec, batch, device)
@@ -151,7 +155,7 @@ def test_golden_in_pieces(name: str, tmp_path: Path, device: torch.device) -> No
         assert float(worst) < GOLDEN_TOLERANCE
 
 
-@pytest.mark.parametrize("lengths", [[2, 16, 3], [37]], ids=str)
+@pytest.mark.parametrize("lengths", [[2, 16, 3], [19]], ids=str)
 def test_filled_up_pieces(
     lengths: list[int], tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,14 +170,14 @@ def test_filled_up_pieces(
             before, logits, state = state, *model.prefill(piece, state)
         assert state.position.tolist() == [sum(lengths)]
         expected, expected_state = model.forward(ids[:, :-1], model.initial_state())
-        assert distance(logits, expected[:, -1]) < 1e-5
+        assert distance(logits, expected[:, -1]) < PIECES_TOLERANCE
         for layer, expected_layer in zip(state.layers, expected_state.layers, strict=True):
             for name, tensor in vars(expected_layer).items():
-                assert distance(getattr(layer, name), tensor) < 1e-5, name
+                assert distance(getattr(layer, name), tensor) < PIECES_TOLERANCE, name
         again, _ = model.prefill(ids[:, sum(lengths[:-1]) : -1], before)
-        assert torch.equal(again, logits)
+        assert distance(again, logits) < PIECES_TOLERANCE
         logits, _ = model.step(ids[:, -1], state)
-        assert distance(logits, model.forward(ids)[0][:, -1]) < 1e-5
+        assert distance(logits, model.forward(ids)[0][:, -1]) < PIECES_TOLERANCE
         assert all((layer.S == 0).all() for layer in first.layers)
 
 
@@ -187,4 +191,4 @@ def test_long_prompts_are_launched_in_pieces(
     expected, _ = model.forward(ids)
     for tokens in (35, 44):
         logits, _ = model.prefill(ids[:, :tokens], model.initial_state())
-        assert distance(logits, expected[:, tokens - 1]) < 1e-5
+        assert distance(logits, expected[:, tokens - 1]) < PIECES_TOLERANCE

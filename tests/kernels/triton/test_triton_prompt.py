@@ -18,7 +18,7 @@ from gdn2_edge.torch_ops import TorchOps
 from gdn2_edge.weights import Dense
 
 EPS = 1e-5
-TOLERANCE = 2e-6  # sums of a few fp32 products of values near 1, beside the largest
+TOLERANCE = 5e-6  # sums of a few fp32 products of values near 1, beside the largest; a GPU's exponentials
 # One rounding to fp16 or bf16, beside the largest of all; to nearest on a GPU, towards zero in the interpreter.
 ROUNDED = 2**-7
 pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid value) encountered:RuntimeWarning")  # numpy's
