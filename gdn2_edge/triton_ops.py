@@ -1,4 +1,4 @@
-"""GDN-2 on a GPU: `DecodeStep`, one token as a fixed list of fused kernels.
+"""GDN-2 on a GPU: `TritonOps`, the verbs for prompts, and `DecodeStep`, one token as a fixed list of fused kernels.
 
 `DecodeStep` is the same model as `forward.py`. It knows the layers, the spec and where a sequence's state lies in
 memory; the kernels know none of them. It allocates everything it writes when it is made, so that its launches can be
@@ -11,24 +11,54 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gdn2_edge.kernels.triton import attention, gemm, recurrence, rows, sample
 from gdn2_edge.kernels.triton.activation import BOTH_FORMS, Activation, Forms, make_activation
+from gdn2_edge.kernels.triton.chunk import chunk_gated_delta_rule2
+from gdn2_edge.kernels.triton.expand import expand
+from gdn2_edge.kernels.triton.fused_recurrent import recurrent_gated_delta_rule2
 from gdn2_edge.kernels.triton.gemv import gemv, num_programs
 from gdn2_edge.kernels.triton.launch import Gpu, cdiv, gpu_of, next_power_of_2, pdl_options
 from gdn2_edge.kernels.triton.stored import WEIGHTS_PER_WORD, stored
 from gdn2_edge.ops import AttentionLayer, Gdn2Layer, Layer, ModelWeights
 from gdn2_edge.spec import ModelSpec
 from gdn2_edge.state import Gdn2State, LayerState, State, WindowState
-from gdn2_edge.weights import Dense, Joined, Weight
+from gdn2_edge.torch_ops import TorchOps
+from gdn2_edge.weights import Dense, Int4, Int8, Joined, Weight
 
 OFFSET_FLOATS = 16  # tables of states count in these, so that kernels know how addresses are aligned
 EMBED_BLOCK = 128
-MIXER_WARPS = 8
-# The mixer leaves the memory idle for some microseconds: each of its programs has so much of w1 and w2 brought into the
-# L2 cache meanwhile.
-PREFETCH_BYTES = int(__import__("os").environ.get("PF", 98304))
+# Up to so many tokens a product reads the stored weights; beyond, they are expanded once and multiplied by cuBLAS.
+FEW_ROWS = 128
+# From so many tokens on the chunked form of the recurrence is taken.
+CHUNK_MIN_TOKENS = 64
+
+
+class TritonOps(TorchOps):
+    """Verbs on tensors of a GPU: products with stored weights and the recurrence in Triton, the rest in torch."""
+
+    def linear(self, x: Tensor, weight: Weight, bias: Weight | None = None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
+        if isinstance(weight, Dense) and weight.data.dtype == self.dtype:
+            out = F.linear(rows, weight.data)
+        elif rows.shape[0] <= FEW_ROWS:
+            out = torch.empty(rows.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
+            gemm.product(rows, weight, out)
+        else:
+            values = torch.empty(weight.shape, dtype=self.dtype, device=x.device)
+            expand(weight, values)
+            out = F.linear(rows, values)
+        if bias is not None:
+            out = out + bias.rows(slice(None))
+        return out.to(self.dtype).view(*x.shape[:-1], weight.shape[0])
+
+    def gated_delta_rule2(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, S: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rule = recurrent_gated_delta_rule2 if q.shape[1] < CHUNK_MIN_TOKENS else chunk_gated_delta_rule2
+        return rule(q, k, v, g, b, w, S)
 
 
 @dataclass(frozen=True)
@@ -103,11 +133,11 @@ def _parts(weight: Weight) -> tuple[Weight, ...]:
 
 
 def _forms(*readers: Weight) -> Forms:
-    coded = [not isinstance(part, Dense) for weight in readers for part in _parts(weight)]
-    return Forms(values=not all(coded), planes=any(coded))
+    integers = [isinstance(part, Int8 | Int4) for weight in readers for part in _parts(weight)]
+    return Forms(values=not all(integers), planes=any(integers))
 
 
-def vector(weight: Weight) -> Tensor:
+def _vector(weight: Weight) -> Tensor:
     """A norm, bias or filter as the kernels read it."""
     if isinstance(weight, Dense) and weight.data.dtype == torch.float32:
         return weight.data
@@ -151,8 +181,7 @@ class DecodeStep:
         widest = max(layer.in_proj.shape[0] for layer in weights.layers)
         self.x = floats(batch, hidden)
         self.y = floats(batch * widest)
-        # A single sequence needs many programs, which repeat what a head shares; many sequences are enough of them.
-        self.block_v = next(block for block in (16 if batch == 1 else 32, 16, 8) if spec.head_v_dim % block == 0)
+        self.block_v = 16 if spec.head_v_dim % 16 == 0 else 8
         parts = spec.head_v_dim // self.block_v
         single = batch == 1
         self.inputs = [make_activation(hidden, (-(-hidden // EMBED_BLOCK),), device)]
@@ -178,13 +207,12 @@ class DecodeStep:
             self.attention_scratch = floats(*shape)
         if not single:
             half = torch.bfloat16 if device.type == "cuda" else torch.float32  # the interpreter multiplies no bf16
-            self.f, self.g = floats(batch, spec.key_dim), floats(batch, spec.value_dim)
             self.h = floats(batch, hidden, dtype=half)
             self.h_mixed = floats(batch, max(spec.value_dim, spec.q_heads * spec.attention_head_dim), dtype=half)
             self.h_glu = floats(batch, ff, dtype=half)
             self.glu = floats(batch, 2 * ff)
             self.product_scratch = gemm.product_scratch(device)
-        self.vectors = {id(w): vector(w) for w in _small(weights)}
+        self.vectors = {id(w): _vector(w) for w in _small(weights)}
 
     def launch(self, choose: bool) -> None:
         """Run the step; with `choose` also sample the next token."""
@@ -280,7 +308,7 @@ class DecodeStep:
         self._rms_rows(mlp_norm)
         self._product(self.h, layer.mlp.w12, self.glu)
         ff = self.spec.intermediate_size
-        self._run(rows.glu_rows_kernel, (self.batch, cdiv(ff, 512)), self.glu, self.h_glu, F=ff, BLOCK=512)
+        self._run(rows.glu_rows_kernel, (cdiv(ff, 512), self.batch), self.glu, self.h_glu, F=ff, BLOCK=512)
         self._product(self.h_glu, layer.mlp.w3, self.x, residual=self.x)
 
     def _mix(self, i: int, layer: Layer, forms: Forms) -> Activation:
@@ -305,17 +333,9 @@ class DecodeStep:
                 pdl=self.gpu.pdl,
             )
             return self.attended
+        f_format, f, f_scale, f_group = stored(layer.f_proj)
+        g_format, g, g_scale, g_group = stored(layer.g_proj)
         out, rank = self.mixed, spec.head_v_dim
-        after = stored(_parts(layer.mlp.w12)[0])[1]
-        if self.batch == 1:
-            f_format, f, f_scale, f_group = stored(layer.f_proj)
-            g_format, g, g_scale, g_group = stored(layer.g_proj)
-        else:
-            y, ranks = self._y(layer), 2 * (spec.key_dim + spec.value_dim) + spec.key_dim
-            self._product(y[:, ranks : ranks + rank], layer.f_proj, self.f)
-            self._product(y[:, ranks + rank :], layer.g_proj, self.g)
-            f_format, f, f_scale, f_group = None, self.f, None, 0
-            g_format, g, g_scale, g_group = None, self.g, None, 0
         self._run(
             recurrence.decode_kernel,
             (cdiv(spec.head_v_dim, self.block_v), spec.num_v_heads, self.batch),
@@ -341,8 +361,6 @@ class DecodeStep:
             out.squares,
             self.mixer_vectors,
             layer.in_proj.shape[0],
-            after.view(torch.uint8),
-            after.nbytes,
             spec.head_k_dim**-0.5,
             spec.erase_scale,
             H=spec.num_heads,
@@ -361,10 +379,8 @@ class DecodeStep:
             GATE=spec.output_gate,
             VALUES=forms.values,
             PLANES=forms.planes,
-            THREADS=32 * MIXER_WARPS,
-            PREFETCH=PREFETCH_BYTES if self.gpu.pdl and self.batch == 1 else 0,
             HARDWARE_FP8=self.gpu.hardware_fp8,
-            num_warps=MIXER_WARPS,
+            num_warps=8,
         )
         return out
 

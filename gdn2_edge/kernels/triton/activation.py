@@ -2,7 +2,7 @@
 
 Fixed point: blocks of 8 channels share a unit, x = (256 high + low) unit with a signed and an unsigned byte, in two
 planes. Written by whoever computes x, so that no reader has to find a largest value first. It rounds to 2^-16 of the
-largest of 8 neighbours, finer than fp16, and halves what each of hundreds of programs reads.
+largest of 8 neighbours, finer than fp16.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ UNIT_BLOCK = tl.constexpr(8)
 
 
 class Forms(NamedTuple):
-    """Which forms of an activation its readers need: values for float weights, planes for fp8 and integer ones."""
+    """Which forms of an activation its readers need: values for float weights, planes for integer ones."""
 
     values: bool
     planes: bool
@@ -148,12 +148,12 @@ def load_planes(
 ):
     """The input in fixed point, arranged as the codes of a word of weights are.
 
-    A chunk for int8 takes three tensors [vectors of 16, 4]: high bytes, low bytes, unit. For fp8 four: the values that
-    meet each weight of a word, fp32. For int4 six: high bytes that meet even and odd codes, low bytes of both, unit
-    [vectors of 32, 4], and what codes of 8, which stand for 0, add up to [vectors].
+    A chunk for int8 takes three tensors [vectors of 16, 4]: high bytes, low bytes, unit. For int4 six: high bytes that
+    meet even and odd codes, low bytes of both, unit [vectors of 32, 4], and what codes of 8, which stand for 0, add up
+    to [vectors].
     """
-    p_high_words = p_high.to(tl.pointer_type(tl.int64 if FORMAT == "int4" else tl.int32))
-    p_low_words = p_low.to(tl.pointer_type(tl.int64 if FORMAT == "int4" else tl.int32))
+    p_high_words = p_high.to(tl.pointer_type(tl.int32 if FORMAT == "int8" else tl.int64))
+    p_low_words = p_low.to(tl.pointer_type(tl.int32 if FORMAT == "int8" else tl.int64))
     VECTOR: tl.constexpr = 4 * weights_per_word(FORMAT)
     chunks = ()
     for i in tl.static_range(CHUNKS):
@@ -167,14 +167,6 @@ def load_planes(
             unit *= _head_factor(p_squares, o_w * (VECTOR // 4) // HEAD, mask, eps, HEAD, PARTS)
         if FORMAT == "int8":
             chunks = chunks + (high, low, unit)  # noqa: RUF005
-        elif FORMAT == "fp8":
-            first, second = _pairs(low, high, ASM)
-            chunks = chunks + (  # noqa: RUF005
-                ((first << 16) >> 16).to(tl.float32) * unit,
-                (first >> 16).to(tl.float32) * unit,
-                ((second << 16) >> 16).to(tl.float32) * unit,
-                (second >> 16).to(tl.float32) * unit,
-            )
         else:
             high_even, high_odd = _even_and_odd(high, ASM)
             low_even, low_odd = _even_and_odd(low, ASM)
@@ -203,19 +195,3 @@ def _even_and_odd(words, ASM: tl.constexpr):
         odd = ((first >> 8) & 255) | ((first >> 16) & 0xFF00)
         odd = odd | ((second << 8) & 0xFF0000) | (second & -0x1000000)
     return even, odd
-
-
-@triton.jit
-def _pairs(low, high, ASM: tl.constexpr):
-    """Words of low bytes and of high bytes, as two words of 16-bit numbers: bytes 0 and 1, bytes 2 and 3."""
-    if ASM:
-        first = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x5140;", "=r,r,r", [low, high], dtype=tl.int32, is_pure=True, pack=1
-        )
-        second = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x7362;", "=r,r,r", [low, high], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        first = (low & 255) | ((high & 255) << 8) | ((low & 0xFF00) << 8) | ((high & 0xFF00) << 16)
-        second = ((low >> 16) & 255) | ((high >> 8) & 0xFF00) | ((low >> 8) & 0xFF0000) | (high & -0x1000000)
-    return first, second

@@ -3,8 +3,8 @@
 Each program owns consecutive rows of W and works on BLOCK_N of them at a time. Its first rows are asked for before the
 kernel waits for the one before it, and later rows while earlier ones are multiplied, so that the memory is always busy.
 
-bf16, fp16 and fp32 weights become fp32 in registers and meet the fp32 values of the input; fp8 weights too, and meet
-16-bit fixed point. int8 and int4 codes meet its bytes: four products an instruction, whose sums are exact; that takes
+bf16, fp16, fp32 and fp8 weights become fp32 in registers and meet the fp32 values of the input. int8 and int4 codes
+meet the bytes of its 16-bit fixed point: four products an instruction, whose sums are exact; that takes
 1.3 instructions a weight, where converting and multiplying takes 4 to 8. See activation.py for the forms of an input.
 
 An RMSNorm is divided between two kernels: the writer of x multiplies by the norm's weight and leaves a partial sum of
@@ -387,7 +387,7 @@ def _program(
 
     wait_for_previous(PDL)
     let_next_start(PDL)
-    if FORMAT == "int8" or FORMAT == "int4" or FORMAT == "fp8":
+    if FORMAT == "int8" or FORMAT == "int4":
         x = load_planes(p_high, p_low, p_unit, p_squares, eps, K, FORMAT, NORM, HEAD, PARTS, BLOCK_K, CHUNKS, ASM)
     else:
         x = load_values_of(p_values, p_squares, eps, K, FORMAT, NORM, HEAD, PARTS, BLOCK_K, CHUNKS)

@@ -82,30 +82,3 @@ def let_next_start(PDL: tl.constexpr):
     """The next kernel's programs may start as soon as every program of this one has come here, and there is room."""
     if PDL:
         gdc_launch_dependents()
-
-
-@triton.jit
-def prefetch_l2(p_bytes, num_bytes, LIMIT: tl.constexpr, THREADS: tl.constexpr):
-    """Ask for up to LIMIT of num_bytes bytes from p_bytes (uint8, 16-byte aligned) on to come into the L2 cache.
-
-    For a kernel that leaves the memory idle, on behalf of a later one. Returns at once. sm_90 and later; LIMIT 0 is
-    none. One warp issues it in 32 pieces, because the instruction is issued for one thread after another.
-    """
-    if LIMIT > 0:
-        PIECE: tl.constexpr = (LIMIT + 511) // 512 * 16
-        lane = tl.arange(0, THREADS)
-        size = tl.minimum(num_bytes - lane * PIECE, PIECE) // 16 * 16
-        size = tl.where(lane < 32, tl.maximum(size, 0), 0)
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred some;
-            setp.gt.s32 some, $2, 0;
-            @some cp.async.bulk.prefetch.L2.global [$1], $2;
-            mov.u32 $0, 0;
-            }""",
-            "=r,l,r",
-            [(p_bytes + lane * PIECE).to(tl.int64), size],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )

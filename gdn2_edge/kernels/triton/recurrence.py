@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from gdn2_edge.kernels.triton.activation import write_activation
-from gdn2_edge.kernels.triton.launch import let_next_start, prefetch_l2, wait_for_previous
+from gdn2_edge.kernels.triton.launch import let_next_start, wait_for_previous
 from gdn2_edge.kernels.triton.stored import load_words, words_times
 
 OFFSET_FLOATS = tl.constexpr(16)
@@ -26,9 +26,9 @@ def decode_kernel(
     conv_offset,  # of this layer in a state, floats: [2 H K + HV V, CONV - 1]
     s_offset,  # [HV, K, V]
     p_conv,  # fp32 [2 H K + HV V, CONV]
-    p_f,  # the second matrix of the decay, stored; with F_FORMAT None its results, fp32 [B, H K]
+    p_f,
     p_f_scale,
-    p_g,  # of the output gate; with G_FORMAT None its results without bias, fp32 [B, HV V]
+    p_g,
     p_g_scale,
     p_g_bias,  # fp32 [HV V]
     p_A_log,  # fp32 [H]
@@ -41,8 +41,6 @@ def decode_kernel(
     p_squares,  # fp32 [B, HV, V / BLOCK_V]
     p_vectors,  # fp32 [B, HV, V / BLOCK_V, 4, K_2], a program's own
     y_stride,
-    p_next,  # bytes that a later kernel reads, for which the memory has time now
-    next_bytes,
     scale,
     erase_scale,
     H: tl.constexpr,
@@ -61,8 +59,6 @@ def decode_kernel(
     GATE: tl.constexpr,  # "silu" or "sigmoid"
     VALUES: tl.constexpr,
     PLANES: tl.constexpr,
-    THREADS: tl.constexpr,
-    PREFETCH: tl.constexpr,  # of these bytes by each program
     HARDWARE_FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -75,18 +71,14 @@ def decode_kernel(
     p_before = p_base + tl.load(p_source + i_b) * OFFSET_FLOATS
     p_after = p_base + tl.load(p_target + i_b) * OFFSET_FLOATS
 
-    if PREFETCH > 0:
-        begin = (i_hv * tl.num_programs(0) + i_v) * PREFETCH
-        prefetch_l2(p_next + begin, next_bytes - begin, PREFETCH, THREADS)
     # Weights, and the state, which no kernel of this step has written.
     o_s = s_offset + i_hv * K * V + o_k[:, None] * V + o_v[None, :]
     m_s = m_k[:, None] & m_v[None, :]
     S = tl.load(p_before + o_s, m_s, 0.0)
     rows = i_h * K + o_k
     o_value = i_hv * V + o_v
-    if F_FORMAT is not None:
-        f, f_scale = load_words(p_f, p_f_scale, rows, m_k, RANK, RANK_2, F_FORMAT, F_GROUP)
-        g, g_scale = load_words(p_g, p_g_scale, o_value, m_v, RANK, RANK_2, G_FORMAT, G_GROUP)
+    f, f_scale = load_words(p_f, p_f_scale, rows, m_k, RANK, RANK_2, F_FORMAT, F_GROUP)
+    g, g_scale = load_words(p_g, p_g_scale, o_value, m_v, RANK, RANK_2, G_FORMAT, G_GROUP)
     g_bias = tl.load(p_g_bias + o_value, m_v, 0.0)
     dt_bias = tl.load(p_dt_bias + rows, m_k, 0.0)
     rate = tl.exp(tl.load(p_A_log + i_h))
@@ -113,14 +105,9 @@ def decode_kernel(
     new_v = tl.load(p_y + 2 * KEYS + o_value, m_v, 0.0)
     erase = _sigmoid(tl.load(p_gates + rows, m_k, 0.0)) * erase_scale
     write = _sigmoid(tl.load(p_gates + KEYS + o_value, m_v, 0.0))
-    if F_FORMAT is None:
-        decay = tl.load(p_f + i_b * KEYS + rows, m_k, 0.0)
-        gate = tl.load(p_g + i_b * VALUE_DIM + o_value, m_v, 0.0)
-    else:
-        decay = words_times(f, f_scale, p_ranks, RANK, RANK_2, F_FORMAT, HARDWARE_FP8)
-        gate = words_times(g, g_scale, p_ranks + RANK, RANK, RANK_2, G_FORMAT, HARDWARE_FP8)
-    decay = tl.exp(-rate * _softplus(decay + dt_bias))
-    gate += g_bias
+    decay = words_times(f, f_scale, p_ranks, RANK, RANK_2, F_FORMAT, HARDWARE_FP8) + dt_bias
+    decay = tl.exp(-rate * _softplus(decay))
+    gate = words_times(g, g_scale, p_ranks + RANK, RANK, RANK_2, G_FORMAT, HARDWARE_FP8) + g_bias
     gate = _sigmoid(gate) * (gate if GATE == "silu" else 1.0) * o_norm
 
     q = _silu(new_q * q_newest + q_past)

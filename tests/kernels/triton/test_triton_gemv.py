@@ -104,10 +104,10 @@ def check_written(out: Activation, expected: Tensor, size: Tensor, forms: Forms)
 def run(weight: Weight, norm: str, output: str, gpu: Gpu, device: torch.device, forms: Forms, parts: int = 3) -> None:
     """One call with random input against fp64."""
     rows, channels = weight.shape[0] // (2 if output == "glu" else 1), weight.shape[1]
-    is_coded = weight.name.startswith(("int", "fp8"))
+    is_integer = weight.name.startswith("int")
     heads = HEADS[channels] if norm == "heads" else 1
     squares = normal(heads, parts).abs() * (channels / heads / parts) + 0.1
-    x, exact = make_input(normal(channels, seed=2), squares, Forms(not is_coded, is_coded), device)
+    x, exact = make_input(normal(channels, seed=2), squares, Forms(not is_integer, is_integer), device)
     if norm == "rms":
         exact = exact * torch.rsqrt(squares.double().sum() / channels + EPS)
     elif norm == "heads":
@@ -208,11 +208,11 @@ def test_parts_of_squares(parts: int, device: torch.device) -> None:
 @pytest.mark.parametrize("norm", ["rms", "heads", "none"])
 def test_a_nan_reaches_every_result(format: str, norm: str, device: torch.device) -> None:
     channels = 96
-    is_coded = format.startswith(("int", "fp8"))
+    is_integer = format.startswith("int")
     x = normal(channels)
     x[37] = torch.nan
     weight = make_weight(format, 16, channels, device)
-    activation, _ = make_input(x, torch.ones(4, 1), Forms(not is_coded, is_coded), device)
+    activation, _ = make_input(x, torch.ones(4, 1), Forms(not is_integer, is_integer), device)
     y = torch.zeros(16, device=device)
     gemv(activation, weight, norm=norm, eps=EPS, output="store", gpu=gpu_of(device), y=y)
     assert y.isnan().all()
@@ -220,9 +220,9 @@ def test_a_nan_reaches_every_result(format: str, norm: str, device: torch.device
 
 @pytest.mark.parametrize("format", ["fp32", "int8", "int4 g32"])
 def test_a_nan_in_the_squares_reaches_every_result(format: str, device: torch.device) -> None:
-    is_coded = format.startswith(("int", "fp8"))
+    is_integer = format.startswith("int")
     squares = torch.tensor([[1.0], [torch.nan]])
-    activation, _ = make_input(normal(64), squares, Forms(not is_coded, is_coded), device)
+    activation, _ = make_input(normal(64), squares, Forms(not is_integer, is_integer), device)
     weight = make_weight(format, 8, 64, device)
     for norm in ("rms", "heads"):
         y = torch.zeros(8, device=device)
@@ -255,8 +255,8 @@ def test_what_is_not_finite_is_written_to_its_block(bad: float, device: torch.de
 def test_zeros(format: str, device: torch.device) -> None:
     """Zeros give zeros in both forms, though there is nothing to divide by."""
     channels = CHANNELS[format][0]
-    is_coded = format.startswith(("int", "fp8"))
-    activation, _ = make_input(torch.zeros(channels), torch.zeros(1, 1), Forms(not is_coded, is_coded), device)
+    is_integer = format.startswith("int")
+    activation, _ = make_input(torch.zeros(channels), torch.zeros(1, 1), Forms(not is_integer, is_integer), device)
     weight = make_weight(format, 16, channels, device)
     out = empty_activation(8, (1,), device)
     gemv(activation, weight, norm="rms", eps=EPS, output="glu", gpu=gpu_of(device), out=out)
@@ -283,10 +283,10 @@ def test_planes_of_blocks_of_every_size(device: torch.device) -> None:
 
 def test_again_gives_the_same_bits(device: torch.device) -> None:
     for format in ("bf16", "int8", "int4 g32"):
-        weight, is_coded = make_weight(format, 80, 96, device), format.startswith(("int", "fp8"))
+        weight, is_integer = make_weight(format, 80, 96, device), format.startswith("int")
         results = []
         for _ in range(2):
-            x, _ = make_input(normal(96), torch.ones(1, 2), Forms(not is_coded, is_coded), device)
+            x, _ = make_input(normal(96), torch.ones(1, 2), Forms(not is_integer, is_integer), device)
             out = empty_activation(80, (num_programs(weight, "add", gpu_of(device)),), device)
             y, gain = normal(80).to(device), normal(80, seed=5).to(device)
             gemv(x, weight, norm="rms", eps=EPS, output="add", gpu=gpu_of(device), y=y, gain=gain, out=out)

@@ -145,11 +145,10 @@ class Run:
             y.to(self.device), self.base, self.source, self.target, self.conv_offset, self.s_offset,
             self.filters.data.to(self.device), *f[:2], *g[:2], *on_device,
             out.values, out.high, out.low, out.unit, out.squares, vectors,
-            y.stride(0), self.base.view(torch.uint8), self.base.nbytes, c.K**-0.5, c.erase_scale,
+            y.stride(0), c.K**-0.5, c.erase_scale,
             H=c.H, HV=c.HV, K=c.K, V=c.V, RANK=c.V, CONV=c.conv, K_2=padded, RANK_2=triton.next_power_of_2(c.V),
             BLOCK_V=c.block_v, F_FORMAT=f_format, F_GROUP=f[2], G_FORMAT=g_format, G_GROUP=g[2], GATE=c.gate,
-            VALUES=values, PLANES=planes, THREADS=128, PREFETCH=4096 if gpu.pdl else 0,
-            HARDWARE_FP8=gpu.hardware_fp8, PDL=gpu.pdl, **pdl_options(gpu.pdl),
+            VALUES=values, PLANES=planes, HARDWARE_FP8=gpu.hardware_fp8, PDL=gpu.pdl, **pdl_options(gpu.pdl),
         )  # fmt: skip
         return out
 
