@@ -179,7 +179,8 @@ def shown(resources: Resources | None) -> str:
     if resources is None:
         return ""
     spilled = f" + {resources.spilled_bytes} B" if resources.spilled_bytes else ""
-    return f"{resources.registers}{spilled}, {resources.shared_bytes / 1024:.1f} KB"
+    shared = f", {resources.shared_bytes // 1024} KB" if resources.shared_bytes >= 1024 else ""
+    return f"{resources.registers}{spilled}{shared}"
 
 
 def measured_shares() -> tuple[dict[str, float], str]:
@@ -228,13 +229,13 @@ def document(config: str, found: list[Compiled], targets: list[str], formats: li
         [
             "# Other GPUs",
             "",
-            "Made by `python benchmarks/gpu_targets.py --write`. **Nothing on this page was run on the GPUs that it "
-            "names**, and nothing at all on an AMD card:",
-            "kernels are compiled ahead of time, speeds are computed.",
+            "Made by `python benchmarks/gpu_targets.py --write`. **Nothing was run for this page**: kernels are",
+            "compiled ahead of time, speeds are computed.",
+            "None of the cards under the predictions was at hand, and no AMD card at all.",
             "",
             "## What kernels take",
-            f"Registers a thread, bytes of them that are spilled, shared memory of a program; for the sizes of "
-            f"{config}, by triton {triton.__version__}.",
+            "Registers a thread, bytes of them that are spilled, shared memory of a program from 1 KB on;",
+            f"for the sizes of {config}, by triton {triton.__version__}.",
             f"int4 is in groups of {GROUP_SIZE}. Kernels with little of all three are left out. "
             "Of several launches of one kernel the largest figures.",
             "",
