@@ -229,10 +229,13 @@ class TritonModel(Model):
             number = decoder.run(choose=True)
         source, target, spare = blocks
         after = self._state(now.position + 1, target, now.ring)
-        number_ahead = decoder.run(choose=True)
+        # A step writes the ring slot that the step before it may need again if it fails: with rings, wait first.
+        number_ahead = None if self.spec.kv_heads else decoder.run(choose=True)
         chosen = decoder.wait(number)[:B]
         if bool((chosen < 0).any()):
             raise BackendError(NOT_FINITE)
+        if number_ahead is None:
+            number_ahead = decoder.run(choose=True)
         decoder.ahead = Ahead(chosen, after, sampling, (target, spare, source), number_ahead)
         sampling.record(chosen)
         return chosen, after

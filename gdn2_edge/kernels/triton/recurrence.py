@@ -34,7 +34,7 @@ def decode_kernel(
     p_A_log,  # fp32 [H]
     p_dt_bias,  # fp32 [H K]
     p_o_norm,  # fp32 [V]
-    p_values,  # the output times o_norm and gate as an Activation, [B, HV V]; the factor of the norm is still due
+    p_values,  # the output times o_norm and gate, [B, HV V], as planes for one sequence only; the norm's factor is due
     p_high,
     p_low,
     p_unit,
