@@ -42,7 +42,7 @@ RULES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "einsum_loop": einsum_loop,
     "chunk": chunk_gated_delta_rule2,
 }
-# 15 is the aim, and it is missed: about 14 times the textbook loop on two cores, 8 to 9 times our own, which is leaner
+# 15 is the aim, and it is missed: some 14 times the textbook loop on two cores, 8 to 9 times our own, which is leaner
 # (each pass over memory and each launch counts at these sizes). 6 only guards against getting worse.
 MINIMUM_RATIOS = {"reference_loop": 6.0, "einsum_loop": 15.0}
 
