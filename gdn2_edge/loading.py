@@ -58,13 +58,17 @@ def load(
 def _fused(model: Model, required: bool) -> Model:
     """The model with fused kernels; where that cannot be and is not required, as it is, with a name that says why."""
     why = "" if model.device.type == "cuda" else f"it needs a GPU, and the device is {model.device}"
+    if not why and model.device.index not in (None, torch.cuda.current_device()):
+        why = "it runs on the first GPU that the process sees (CUDA_VISIBLE_DEVICES chooses which)"
+    if not why and torch.version.hip is None and torch.cuda.get_device_capability(model.device) < (8, 0):
+        why = "the GPU is older than compute capability 8.0"
     if not why and importlib.util.find_spec("triton") is None:
         why = "the package triton is not installed (pip install triton)"
     if not why:
         # Only here: triton is a package of Linux GPUs, and takes a second to import.
-        from gdn2_edge.triton_model import TritonModel, unsupported
+        from gdn2_edge.triton_model import TritonModel, cannot_run, unsupported
 
-        why = unsupported(model.spec, model.weights)
+        why = unsupported(model.spec, model.weights) or cannot_run(model.device)
         if not why:
             return TritonModel(model.spec, model.weights, model.device, model.ops.dtype, model.fingerprint, model.path)
     if required:

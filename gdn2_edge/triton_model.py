@@ -16,10 +16,12 @@ from torch import Tensor
 
 from gdn2_edge.errors import BackendError
 from gdn2_edge.kernels.triton import sample
+from gdn2_edge.kernels.triton.launch import cannot_run as cannot_run
 from gdn2_edge.kernels.triton.launch import count_launches
 from gdn2_edge.model import Model
 from gdn2_edge.ops import ModelWeights
 from gdn2_edge.runtime import Sample
+from gdn2_edge.sampling import Sampling
 from gdn2_edge.spec import ModelSpec
 from gdn2_edge.state import LayerState, State
 from gdn2_edge.triton_ops import OFFSET_FLOATS, DecodeStep, StateLayout, TritonOps
@@ -55,6 +57,7 @@ class Ahead:
     token: Tensor
     state: BlockState
     sampling: Sample
+    options: Sampling
     blocks: tuple[Tensor, Tensor, Tensor]  # source, target, spare of that step
     number: int
 
@@ -62,8 +65,8 @@ class Ahead:
 class Decoder:
     """A `DecodeStep` for one size of batch with its graphs, and the host's side of its tables."""
 
-    def __init__(self, spec: ModelSpec, weights: ModelWeights, base: Tensor, batch: int) -> None:
-        self.step = DecodeStep(spec, weights, base, batch)
+    def __init__(self, spec: ModelSpec, weights: ModelWeights, base: Tensor, batch: int, dtype: torch.dtype) -> None:
+        self.step = DecodeStep(spec, weights, base, batch, dtype)
         self.batch = batch
         self.base = base
         is_gpu = base.is_cuda
@@ -147,7 +150,8 @@ class Decoder:
             if self.base.is_cuda:
                 saved = self.step.control.clone(), self.step.recent.clone()
                 self._on_scratch()
-                self.launches = count_launches(lambda: self.step.launch(choose))  # compiles: a capture may only launch
+                launches = count_launches(lambda: self.step.launch(choose))  # compiles: a capture may only launch
+                self.launches = max(self.launches, launches)
                 torch.cuda.synchronize(self.base.device)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
@@ -218,7 +222,8 @@ class TritonModel(Model):
             return super().generate_step(token, state, sampling)
         decoder = self._decoder(B)
         ahead, decoder.ahead = decoder.ahead, None
-        if ahead and ahead.state is state and ahead.sampling is sampling and bool((token.cpu() == ahead.token).all()):
+        is_expected = ahead and ahead.state is state and ahead.sampling is sampling and ahead.options is s
+        if ahead and is_expected and bool((token.cpu() == ahead.token).all()):
             now, blocks, number = ahead.state, ahead.blocks, ahead.number
         else:
             self._checked(token[:, None], state)
@@ -229,14 +234,13 @@ class TritonModel(Model):
             number = decoder.run(choose=True)
         source, target, spare = blocks
         after = self._state(now.position + 1, target, now.ring)
-        # A step writes the ring slot that the step before it may need again if it fails: with rings, wait first.
+        # Not with rings: a step writes the slot that the one before it would need if it had to be repeated.
         number_ahead = None if self.spec.kv_heads else decoder.run(choose=True)
         chosen = decoder.wait(number)[:B]
         if bool((chosen < 0).any()):
             raise BackendError(NOT_FINITE)
-        if number_ahead is None:
-            number_ahead = decoder.run(choose=True)
-        decoder.ahead = Ahead(chosen, after, sampling, (target, spare, source), number_ahead)
+        if number_ahead is not None:
+            decoder.ahead = Ahead(chosen, after, sampling, s, (target, spare, source), number_ahead)
         sampling.record(chosen)
         return chosen, after
 
@@ -273,7 +277,7 @@ class TritonModel(Model):
         """The decoder for this many sequences, or the next power of two."""
         bucket = 1 << (batch - 1).bit_length()
         if bucket not in self._decoders:
-            self._decoders[bucket] = Decoder(self.spec, self.weights, self._base, bucket)
+            self._decoders[bucket] = Decoder(self.spec, self.weights, self._base, bucket, self.ops.dtype)
         return self._decoders[bucket]
 
     def _state(self, position: Tensor, block: Tensor, ring: Tensor) -> BlockState:

@@ -145,7 +145,7 @@ def _vector(weight: Weight) -> Tensor:
 
 
 class DecodeStep:
-    """The launches of one token for each of `batch` sequences.
+    """The launches of one token for each of `batch` sequences; dtype is of rows between products, with several.
 
     Attributes, all in device memory, written by whoever starts a step and read by its kernels:
         token: int64 [B], to be fed.
@@ -157,7 +157,9 @@ class DecodeStep:
     And `logits` fp32 [B, V], which the step writes; with `choose` it also replaces `token` by the next one.
     """
 
-    def __init__(self, spec: ModelSpec, weights: ModelWeights, base: Tensor, batch: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, weights: ModelWeights, base: Tensor, batch: int, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         device = base.device
         self.spec, self.weights, self.base, self.batch = spec, weights, base, batch
         self.layout = StateLayout.of(spec)
@@ -206,7 +208,8 @@ class DecodeStep:
             )
             self.attention_scratch = floats(*shape)
         if not single:
-            half = torch.bfloat16 if device.type == "cuda" else torch.float32  # the interpreter multiplies no bf16
+            # fp32 rows where fp32 is asked for, and in the interpreter, which multiplies no bf16.
+            half = torch.float32 if dtype == torch.float32 or device.type != "cuda" else torch.bfloat16
             self.h = floats(batch, hidden, dtype=half)
             self.h_mixed = floats(batch, max(spec.value_dim, spec.q_heads * spec.attention_head_dim), dtype=half)
             self.h_glu = floats(batch, ff, dtype=half)

@@ -189,7 +189,7 @@ def measure_decode(runtime: Runtime, tokens: int, batch: int = 1) -> Decode:
         first_position=CHECK_TOKENS + WARM_UP_TOKENS,
         milliseconds_per_token=_times(milliseconds),
         tokens_per_second=1e3 * batch * tokens / sum(milliseconds),
-        launches_per_token=getattr(runtime, "launches_per_token", None),
+        launches_per_token=getattr(runtime, "launches_per_token", None) if batch == 1 else None,
         graph_milliseconds=None if graph_milliseconds is None else graph_milliseconds(tokens),
     )
 

@@ -265,7 +265,7 @@ def window_decode(
     group, block_d = q_heads // kv_heads, triton.next_power_of_2(head_dim)
     batch, _, splits, partial = scratch.shape
     block_g = triton.next_power_of_2(group)
-    block_n = TILE_FLOATS.get(block_g, MIN_TILE_FLOATS) // block_d
+    block_n = max(1, TILE_FLOATS.get(block_g, MIN_TILE_FLOATS) // block_d)
     _attend_part[(kv_heads, splits, batch)](
         qkv,
         position,

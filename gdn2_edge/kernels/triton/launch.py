@@ -71,6 +71,20 @@ def count_launches(launch: Callable[[], None]) -> int:
 
 
 @triton.jit
+def _nothing(p_x):
+    tl.store(p_x, 0.0)
+
+
+def cannot_run(device: torch.device) -> str:
+    """Why no kernel can be built or run here, in words; empty if one can. Triton needs a C compiler, for example."""
+    try:
+        _nothing[(1,)](torch.ones(1, device=device))
+    except Exception as error:  # Triton and its backends raise what they like
+        return f"triton cannot run a kernel ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+    return ""
+
+
+@triton.jit
 def wait_for_previous(PDL: tl.constexpr):
     """Block until the kernel before this one is complete and its writes can be seen."""
     if PDL:
