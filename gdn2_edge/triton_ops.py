@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -422,7 +423,7 @@ class DecodeStep:
         D_2 = next_power_of_2(D)
         self._run(rows.rms_rows_kernel, (self.batch,), self.x, gain, self.h, self.spec.norm_eps, D=D, D_2=D_2)
 
-    def _run(self, kernel, grid: tuple[int, ...], *args, num_warps: int = 4, **constants) -> None:  # type: ignore[no-untyped-def]
+    def _run(self, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any) -> None:
         kernel[grid](*args, **constants, PDL=self.gpu.pdl, num_warps=num_warps, **pdl_options(self.gpu.pdl))
 
 

@@ -120,13 +120,13 @@ def load_values_of(
         if NORM == "heads":  # a vector lies within a head
             factor = _head_factor(p_squares, o_w * PER_WORD // HEAD, mask, eps, HEAD, PARTS)
         if PER_WORD == 1:
-            chunks = chunks + (tl.load(p_values + o_w, mask, 0.0) * factor,)  # noqa: RUF005
+            chunks = chunks + (tl.load(p_values + o_w, mask, 0.0) * factor,)
         else:
             for j in tl.static_range(PER_WORD // 2):  # two at once: the compiler then keeps them in the thread
                 pair = tl.load(p_values.to(tl.pointer_type(tl.int64)) + o_w * (PER_WORD // 2) + j, mask, 0)
                 first = pair.to(tl.int32).to(tl.float32, bitcast=True)
                 second = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-                chunks = chunks + (first * factor, second * factor)  # noqa: RUF005
+                chunks = chunks + (first * factor, second * factor)
     return chunks
 
 
@@ -166,7 +166,7 @@ def load_planes(
         if NORM == "heads":
             unit *= _head_factor(p_squares, o_w * (VECTOR // 4) // HEAD, mask, eps, HEAD, PARTS)
         if FORMAT == "int8":
-            chunks = chunks + (high, low, unit)  # noqa: RUF005
+            chunks = chunks + (high, low, unit)
         else:
             high_even, high_odd = _even_and_odd(high, ASM)
             low_even, low_odd = _even_and_odd(low, ASM)
@@ -175,7 +175,7 @@ def load_planes(
             high = dot4(eights, high_odd, dot4(eights, high_even, zero, ASM, False, True), ASM, False, True)
             low = dot4(eights, low_odd, dot4(eights, low_even, zero, ASM, False, False), ASM, False, False)
             offset = tl.sum((high * 256 + low).to(tl.float32) * unit, 1)
-            chunks = chunks + (high_even, high_odd, low_even, low_odd, unit, offset)  # noqa: RUF005
+            chunks = chunks + (high_even, high_odd, low_even, low_odd, unit, offset)
     return chunks
 
 

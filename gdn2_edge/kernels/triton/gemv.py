@@ -209,7 +209,7 @@ def gemv_kernel(
     AHEAD_2: tl.constexpr,
 ):
     """One or two matrices, whose rows are divided between the programs."""
-    if FORMAT_2 is None:  # noqa: SIM114  known when this is compiled, and then all there is
+    if FORMAT_2 is None:  # known when this is compiled, and then all there is
         _program(
             tl.program_id(0),
             p_values,
@@ -455,9 +455,9 @@ def _load_tile(
             words = tl.load(p_words + row[:, None, None] * (K // VECTOR * 4) + o_w, inside[:, :, None], 0)
             if FORMAT == "int4":
                 o_g = row[:, None] * (K // GROUP) + (o_v // (GROUP // VECTOR))[None, :]
-                tile = tile + (words, tl.load(p_scale + o_g, inside, 0.0))  # noqa: RUF005
+                tile = tile + (words, tl.load(p_scale + o_g, inside, 0.0))
             else:
-                tile = tile + (words,)  # noqa: RUF005  Triton's tuples have no unpacking
+                tile = tile + (words,)
     return tile
 
 
