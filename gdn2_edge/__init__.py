@@ -13,19 +13,20 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from gdn2_edge.convert import convert_checkpoint
     from gdn2_edge.errors import Gdn2EdgeError
-    from gdn2_edge.generate.sampler import Sampler, Sampling
+    from gdn2_edge.generate.sampler import Sampler
     from gdn2_edge.generate.session import Session
     from gdn2_edge.loading import load
     from gdn2_edge.model import Model
     from gdn2_edge.quantize import quantize_checkpoint
     from gdn2_edge.quantize.recipe import Recipe
+    from gdn2_edge.sampling import Sampling
 
 _HOME = {
     "Gdn2EdgeError": "gdn2_edge.errors",
     "Model": "gdn2_edge.model",
     "Recipe": "gdn2_edge.quantize.recipe",
     "Sampler": "gdn2_edge.generate.sampler",
-    "Sampling": "gdn2_edge.generate.sampler",
+    "Sampling": "gdn2_edge.sampling",
     "Session": "gdn2_edge.generate.session",
     "convert_checkpoint": "gdn2_edge.convert",
     "load": "gdn2_edge.loading",

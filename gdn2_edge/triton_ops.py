@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdn2_edge.kernels.triton import attention, gemm, recurrence, rows, sample
+from gdn2_edge.kernels.triton import attention, gemm, launch, recurrence, rows, sample
 from gdn2_edge.kernels.triton.activation import BOTH_FORMS, Activation, Forms, make_activation
 from gdn2_edge.kernels.triton.chunk import chunk_gated_delta_rule2
 from gdn2_edge.kernels.triton.expand import expand
@@ -29,7 +29,7 @@ from gdn2_edge.state import Gdn2State, LayerState, State, WindowState
 from gdn2_edge.torch_ops import TorchOps
 from gdn2_edge.weights import Dense, Int4, Int8, Joined, Weight
 
-OFFSET_FLOATS = 16  # tables of states count in these, so that kernels know how addresses are aligned
+OFFSET_FLOATS: int = launch.OFFSET_FLOATS.value
 EMBED_BLOCK = 128
 # Up to so many tokens a product reads the stored weights; beyond, they are expanded once and multiplied by cuBLAS.
 FEW_ROWS = 128
@@ -91,7 +91,9 @@ class StateLayout:
                 sizes[kind] += -(-prod(shape) // OFFSET_FLOATS) * OFFSET_FLOATS
             offsets.append(places)
             shapes.append(here)
-        return StateLayout(tuple(offsets), tuple(shapes), max(sizes["block"], 16), max(sizes["ring"], 16))
+        return StateLayout(
+            tuple(offsets), tuple(shapes), max(sizes["block"], OFFSET_FLOATS), max(sizes["ring"], OFFSET_FLOATS)
+        )
 
     def views(self, position: Tensor, block: Tensor, ring: Tensor) -> State[Tensor]:
         """The state in `block` [B, block_floats] and `ring` [B, ring_floats], sharing their memory."""
@@ -138,13 +140,6 @@ def _forms(*readers: Weight) -> Forms:
     return Forms(values=not all(integers), planes=any(integers))
 
 
-def _vector(weight: Weight) -> Tensor:
-    """A norm, bias or filter as the kernels read it."""
-    if isinstance(weight, Dense) and weight.data.dtype == torch.float32:
-        return weight.data
-    return weight.rows(slice(None))
-
-
 class DecodeStep:
     """The launches of one token for each of `batch` sequences; dtype is of rows between products, with several.
 
@@ -165,7 +160,6 @@ class DecodeStep:
         self.spec, self.weights, self.base, self.batch = spec, weights, base, batch
         self.layout = StateLayout.of(spec)
         self.gpu: Gpu = gpu_of(device)
-        self.num_launches = 0
 
         def integers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
@@ -216,7 +210,7 @@ class DecodeStep:
             self.h_glu = floats(batch, ff, dtype=half)
             self.glu = floats(batch, 2 * ff)
             self.product_scratch = gemm.product_scratch(device)
-        self.vectors = {id(w): _vector(w) for w in _small(weights)}
+        self.vectors = {id(w): w.rows(slice(None)) for w in _small(weights)}
 
     def launch(self, choose: bool) -> None:
         """Run the step; with `choose` also sample the next token."""

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from gdn2_edge.convert import convert_checkpoint
-from gdn2_edge.generate.sampler import Sampling
 from gdn2_edge.generate.session import Session
 from gdn2_edge.loading import load
 from gdn2_edge.model import Model, load_model
 from gdn2_edge.quantize import quantize_checkpoint
 from gdn2_edge.quantize.recipe import Recipe
+from gdn2_edge.sampling import Sampling
 from gdn2_edge.state import Gdn2State
 
 pytest.importorskip("triton", reason="there is no triton for this system")

@@ -22,9 +22,10 @@ from gdn2_edge.bench.random_weights import random_weights
 from gdn2_edge.checkpoint.reader import open_checkpoint
 from gdn2_edge.convert import convert_checkpoint
 from gdn2_edge.errors import BackendError, SessionError
-from gdn2_edge.generate.sampler import Sampler, Sampling
+from gdn2_edge.generate.sampler import Sampler
 from gdn2_edge.kernels.triton import sample as sampling_kernels
 from gdn2_edge.model import Model, WeightReader, WeightSource
+from gdn2_edge.sampling import Sampling
 from gdn2_edge.state import State
 from gdn2_edge.triton_model import Decoder, TritonModel, unsupported
 from gdn2_edge.weights import Dense, Joined, Weight
@@ -124,7 +125,7 @@ def spread(found: Tensor, expected: Tensor) -> float:
 
 def logits_after(model: Model, tokens: list[int]) -> Tensor:
     """Logits [1, V] of the torch runtime after these tokens from the beginning."""
-    return exact(model).prefill(torch.tensor([tokens]), model.initial_state())[0]  # type: ignore[arg-type]
+    return exact(model).prefill(torch.tensor([tokens]), model.initial_state())[0]
 
 
 # Logits

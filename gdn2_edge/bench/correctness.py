@@ -10,10 +10,11 @@ from torch import Tensor
 from gdn2_edge.bench.traffic import StoredWeights
 from gdn2_edge.errors import BackendError
 from gdn2_edge.forward import block, head
-from gdn2_edge.generate.sampler import Sampler, Sampling
+from gdn2_edge.generate.sampler import Sampler
 from gdn2_edge.model import Model, WeightReader, WeightSource
 from gdn2_edge.ops import ModelWeights
 from gdn2_edge.runtime import Runtime
+from gdn2_edge.sampling import Sampling
 from gdn2_edge.state import initial_state
 from gdn2_edge.torch_ops import TorchOps
 from gdn2_edge.weights import Dense, Weight

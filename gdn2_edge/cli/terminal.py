@@ -19,8 +19,8 @@ from gdn2_edge.cli.render import megabytes, printable
 from gdn2_edge.errors import Gdn2EdgeError, SessionError
 
 if TYPE_CHECKING:
-    from gdn2_edge.generate.sampler import Sampling
     from gdn2_edge.generate.session import Session
+    from gdn2_edge.sampling import Sampling
 
 HELP = """\
 /help            this list

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gdn2_edge.errors import CheckpointError
-from gdn2_edge.generate.sampler import Sampling
+from gdn2_edge.sampling import Sampling
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 TokenId = Annotated[int, Field(ge=0, strict=True)]

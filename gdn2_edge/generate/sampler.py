@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gdn2_edge.errors import BackendError
-from gdn2_edge.sampling import Sampling as Sampling
+from gdn2_edge.sampling import Sampling
 
 
 class Sampler:

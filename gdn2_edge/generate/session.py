@@ -23,9 +23,10 @@ from torch import Tensor
 from gdn2_edge.checkpoint.writer import write_atomically
 from gdn2_edge.errors import SessionError
 from gdn2_edge.generate.engine import generate
-from gdn2_edge.generate.sampler import Sampler, Sampling
+from gdn2_edge.generate.sampler import Sampler
 from gdn2_edge.generate.text import ChatTokenizer, open_text
 from gdn2_edge.runtime import Runtime
+from gdn2_edge.sampling import Sampling
 from gdn2_edge.state import State
 
 MESSAGE_BYTES = 64  # what a message takes beside its words

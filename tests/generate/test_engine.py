@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gdn2_edge.generate.engine import PIECE_TOKENS, Step, generate
-from gdn2_edge.generate.sampler import Sampler, Sampling
+from gdn2_edge.generate.sampler import Sampler
 from gdn2_edge.runtime import Runtime, Sample
+from gdn2_edge.sampling import Sampling
 from gdn2_edge.state import State
 
 VOCABULARY = 1000

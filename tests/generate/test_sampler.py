@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from gdn2_edge.errors import BackendError
-from gdn2_edge.generate.sampler import Sampler, Sampling, _uniform
+from gdn2_edge.generate.sampler import Sampler, _uniform
+from gdn2_edge.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 EVERYTHING = Sampling(temperature=1, top_k=0, top_p=1)

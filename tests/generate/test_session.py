@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 
 from gdn2_edge.errors import SessionError
-from gdn2_edge.generate.sampler import Sampling
 from gdn2_edge.generate.session import TRANSCRIPT_BYTES, UNDO_TURNS, Session, exclusive
 from gdn2_edge.model import Model
+from gdn2_edge.sampling import Sampling
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.05)
 TALK = ["My name is Ada.", "I live in Oslo.", "What is my name?", "Tell me something.", "Where do I live?"]

@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from gdn2_edge.errors import CheckpointError
 from gdn2_edge.generate.generation_config import GenerationConfig
-from gdn2_edge.generate.sampler import Sampling
 from gdn2_edge.generate.text import ChatTokenizer, open_text
+from gdn2_edge.sampling import Sampling
 
 CONTROL = (
     "<|endoftext|>",

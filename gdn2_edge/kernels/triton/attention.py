@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn2_edge.kernels.triton.activation import Activation, write_activation
-from gdn2_edge.kernels.triton.launch import let_next_start, pdl_options, wait_for_previous
+from gdn2_edge.kernels.triton.launch import OFFSET_FLOATS, let_next_start, pdl_options, wait_for_previous
 
 # Bounds on the parts. Fewer than three programs a multiprocessor keep too little in flight; beyond eight, or below
 # 32 slots, a part is mostly prologue; the merge holds one tile of all parts.
@@ -108,7 +108,7 @@ def _attend_part(
     is_owner = (newest >= begin) & (newest < part_end)
     # The tokens before this one fill slots 0 .. position - 1, or all; the newest slot's has just left the window.
     end = tl.minimum(part_end, tl.minimum(position, WINDOW).to(tl.int32))
-    p_ring = p_base + tl.load(p_offset + i_batch) * 16 + i_head * D
+    p_ring = p_base + tl.load(p_offset + i_batch) * OFFSET_FLOATS + i_head * D
     o_slot = begin + o_n
     is_held = (o_slot < end) & (o_slot != newest)
     b_k = _held_rows(p_ring + k_ring, o_slot, is_held, o_d, HK * D, D)

@@ -209,45 +209,7 @@ def gemv_kernel(
     AHEAD_2: tl.constexpr,
 ):
     """One or two matrices, whose rows are divided between the programs."""
-    if FORMAT_2 is None:  # known when this is compiled, and then all there is
-        _program(
-            tl.program_id(0),
-            p_values,
-            p_high,
-            p_low,
-            p_unit,
-            p_squares,
-            p_w,
-            p_scale,
-            p_y,
-            p_gain,
-            p_out_values,
-            p_out_high,
-            p_out_low,
-            p_out_unit,
-            p_out_squares,
-            N,
-            num_squares,
-            eps,
-            K,
-            FORMAT,
-            GROUP,
-            NORM,
-            VALUES,
-            PLANES,
-            OUTPUT,
-            HEAD,
-            PARTS,
-            SQUARES,
-            TILES,
-            BLOCK_N,
-            BLOCK_K,
-            AHEAD,
-            ASM,
-            HARDWARE_FP8,
-            PDL,
-        )
-    elif tl.program_id(0) < programs:
+    if FORMAT_2 is None or tl.program_id(0) < programs:
         _program(
             tl.program_id(0),
             p_values,

@@ -18,6 +18,9 @@ from triton import cdiv as cdiv
 from triton import next_power_of_2 as next_power_of_2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+# Tables of states count in these, so that kernels know how addresses are aligned.
+OFFSET_FLOATS = tl.constexpr(16)
+
 
 @dataclass(frozen=True)
 class Gpu:

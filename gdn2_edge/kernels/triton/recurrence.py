@@ -11,10 +11,8 @@ import triton
 import triton.language as tl
 
 from gdn2_edge.kernels.triton.activation import write_activation
-from gdn2_edge.kernels.triton.launch import let_next_start, wait_for_previous
+from gdn2_edge.kernels.triton.launch import OFFSET_FLOATS, let_next_start, wait_for_previous
 from gdn2_edge.kernels.triton.stored import load_words, words_times
-
-OFFSET_FLOATS = tl.constexpr(16)
 
 
 @triton.jit

@@ -11,8 +11,8 @@ from stored_weights import make_weight
 from torch import Tensor
 
 from gdn2_edge.kernels.triton.activation import Activation, make_activation
-from gdn2_edge.kernels.triton.launch import gpu_of, pdl_options
-from gdn2_edge.kernels.triton.recurrence import OFFSET_FLOATS, decode_kernel
+from gdn2_edge.kernels.triton.launch import OFFSET_FLOATS, gpu_of, pdl_options
+from gdn2_edge.kernels.triton.recurrence import decode_kernel
 from gdn2_edge.kernels.triton.stored import stored
 from gdn2_edge.torch_ops import TorchOps
 from gdn2_edge.weights import Dense

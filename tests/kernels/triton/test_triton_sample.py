@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn2_edge.generate.sampler import Sampler, Sampling, _uniform
+from gdn2_edge.generate.sampler import Sampler, _uniform
 from gdn2_edge.kernels.triton.draw import uniform_number
 from gdn2_edge.kernels.triton.sample import COLUMNS, fits, make_scratch, sample, write_options
+from gdn2_edge.sampling import Sampling
 
 # A row that is drawn takes a tenth of a second in the interpreter.
 ROUNDS = 50 if torch.cuda.is_available() else 1
