@@ -61,14 +61,14 @@ class Model(Runtime):
         tokens = self._checked(tokens, state)
         state = self.initial_state(tokens.shape[0]) if state is None else state
         logits = []
-        for piece in tokens.split(PREFILL_TOKENS, 1):
+        for piece in self._pieces(tokens):
             x, state = forward(self.ops, self.spec, self.weights, piece, state)
             logits.append(head(self.ops, self.spec, self.weights, x).float())
         return torch.cat(logits, 1), state
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
-        for piece in self._checked(tokens, state).split(PREFILL_TOKENS, 1):
+        for piece in self._pieces(self._checked(tokens, state)):
             x, state = forward(self.ops, self.spec, self.weights, piece, state)
         return head(self.ops, self.spec, self.weights, x[:, -1:])[:, 0].float(), state
 
@@ -95,6 +95,10 @@ class Model(Runtime):
     def weight_bytes(self) -> int:
         """Bytes of memory that the weights take."""
         return sum(num_bytes(weight) for weight in _leaves(self.weights))
+
+    def _pieces(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Tokens [B, T] in pieces that go through the layers one after the other."""
+        return tuple(tokens.split(PREFILL_TOKENS, 1))
 
     def _checked(self, tokens: Tensor, state: State[Tensor] | None) -> Tensor:
         if tokens.ndim != 2 or tokens.numel() < 1 or tokens.dtype != torch.int64:

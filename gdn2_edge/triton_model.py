@@ -24,10 +24,18 @@ from gdn2_edge.runtime import Sample
 from gdn2_edge.sampling import Sampling
 from gdn2_edge.spec import ModelSpec
 from gdn2_edge.state import LayerState, State
-from gdn2_edge.triton_ops import OFFSET_FLOATS, DecodeStep, StateLayout, TritonOps
+from gdn2_edge.triton_ops import OFFSET_FLOATS, DecodeStep, StateLayout
 from gdn2_edge.triton_ops import unsupported as unsupported
+from gdn2_edge.triton_prompts import CHUNK_MIN_TOKENS, PromptStep, TritonOps
 
 MAX_BATCH = 128
+# Tokens of all sequences that go through the layers at once in long prompts: enough to keep a large GPU busy, and some
+# 0.5 GB of activations at the sizes of the 1.3B model.
+PIECE_TOKENS = 4096
+# Pieces of one sequence that are captured; a shorter rest is filled up to the next size. Below the size from which
+# launching is no longer what a prompt waits for.
+CAPTURED_TOKENS = (16, 32, 64, 128, 256, 512)
+LAUNCHED_MIN_TOKENS = 2048
 NOT_FINITE = "The model's logits are not finite: its weights are damaged or hold NaN."
 
 
@@ -186,6 +194,8 @@ class Decoder:
 class TritonModel(Model):
     """A GDN-2 model on a GPU. Made by `load`; see `Runtime` for the calls."""
 
+    ops: TritonOps
+
     def __init__(
         self,
         spec: ModelSpec,
@@ -196,11 +206,12 @@ class TritonModel(Model):
         path: Path = Path(),
     ) -> None:
         super().__init__(spec, weights, device, dtype, fingerprint, path)
-        self.ops = TritonOps(dtype)
+        self.ops = TritonOps(dtype, device, weights)
         self.layout = StateLayout.of(spec)
         self.name = f"triton on {device}, {str(dtype)[6:]} activations in prompts"
         self._base = torch.zeros(OFFSET_FLOATS, device=device)
         self._decoders: dict[int, Decoder] = {}
+        self._prompts: PromptStep | None = None
 
     @torch.inference_mode()
     def step(self, token: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
@@ -252,7 +263,31 @@ class TritonModel(Model):
     def prefill(self, tokens: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
         if tokens.ndim == 2 and tokens.shape[1] == 1 and tokens.shape[0] <= MAX_BATCH:
             return self.step(tokens[:, 0], state)
-        return super().prefill(tokens, self._functional(state))
+        on_device = self._checked(tokens, state)
+        if tokens.shape[0] > 1 or self.spec.kv_heads:
+            return super().prefill(tokens, self._functional(state))
+        rest = tokens.shape[1] % PIECE_TOKENS
+        launched = tokens.shape[1] - (rest if rest < LAUNCHED_MIN_TOKENS else 0)
+        if launched:
+            logits, state = super().prefill(tokens[:, :launched], self._functional(state))
+        if launched < tokens.shape[1]:
+            logits, state = self._captured_prefill(on_device[:, launched:], self._at_rest(state))
+        return logits, state
+
+    def _captured_prefill(self, tokens: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        """`prefill` of one sequence in pieces that are captured once for each size."""
+        if self._prompts is None:
+            self._prompts = PromptStep(self.spec, self.weights, self.ops, self.layout, max(CAPTURED_TOKENS))
+        prompts = self._prompts
+        prompts.block.copy_(state.block)
+        prompts.position.copy_(state.position)
+        for piece in tokens.split(max(CAPTURED_TOKENS), 1):
+            logits = prompts.run(piece, next(size for size in CAPTURED_TOKENS if size >= piece.shape[1]))
+        position = state.position + tokens.shape[1]
+        return logits.clone(), self._state(position, prompts.block.clone(), state.ring)
+
+    def _pieces(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tokens.split(max(CHUNK_MIN_TOKENS, PIECE_TOKENS // tokens.shape[0]), 1))
 
     @torch.inference_mode()
     def clone(self, state: State[Tensor]) -> State[Tensor]:

@@ -1,4 +1,4 @@
-"""GDN-2 on a GPU: `TritonOps`, the verbs for prompts, and `DecodeStep`, one token as a fixed list of fused kernels.
+"""GDN-2 on a GPU: `DecodeStep`, one token as a fixed list of fused kernels.
 
 `DecodeStep` is the same model as `forward.py`. It knows the layers, the spec and where a sequence's state lies in
 memory; the kernels know none of them. It allocates everything it writes when it is made, so that its launches can be
@@ -12,54 +12,20 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gdn2_edge.kernels.triton import attention, gemm, launch, recurrence, rows, sample
 from gdn2_edge.kernels.triton.activation import BOTH_FORMS, Activation, Forms, make_activation
-from gdn2_edge.kernels.triton.chunk import chunk_gated_delta_rule2
-from gdn2_edge.kernels.triton.expand import expand
-from gdn2_edge.kernels.triton.fused_recurrent import recurrent_gated_delta_rule2
 from gdn2_edge.kernels.triton.gemv import gemv, num_programs
 from gdn2_edge.kernels.triton.launch import Gpu, cdiv, gpu_of, next_power_of_2, pdl_options
 from gdn2_edge.kernels.triton.stored import WEIGHTS_PER_WORD, stored
 from gdn2_edge.ops import AttentionLayer, Gdn2Layer, Layer, ModelWeights
 from gdn2_edge.spec import ModelSpec
 from gdn2_edge.state import Gdn2State, LayerState, State, WindowState
-from gdn2_edge.torch_ops import TorchOps
-from gdn2_edge.weights import Dense, Int4, Int8, Joined, Weight
+from gdn2_edge.weights import Int4, Int8, Joined, Weight
 
 OFFSET_FLOATS: int = launch.OFFSET_FLOATS.value
 EMBED_BLOCK = 128
-# Up to so many tokens a product reads the stored weights; beyond, they are expanded once and multiplied by cuBLAS.
-FEW_ROWS = 128
-# From so many tokens on the chunked form of the recurrence is taken.
-CHUNK_MIN_TOKENS = 64
-
-
-class TritonOps(TorchOps):
-    """Verbs on tensors of a GPU: products with stored weights and the recurrence in Triton, the rest in torch."""
-
-    def linear(self, x: Tensor, weight: Weight, bias: Weight | None = None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
-        if isinstance(weight, Dense) and weight.data.dtype == self.dtype:
-            out = F.linear(rows, weight.data)
-        elif rows.shape[0] <= FEW_ROWS:
-            out = torch.empty(rows.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
-            gemm.product(rows, weight, out)
-        else:
-            values = torch.empty(weight.shape, dtype=self.dtype, device=x.device)
-            expand(weight, values)
-            out = F.linear(rows, values)
-        if bias is not None:
-            out = out + bias.rows(slice(None))
-        return out.to(self.dtype).view(*x.shape[:-1], weight.shape[0])
-
-    def gated_delta_rule2(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, S: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        rule = recurrent_gated_delta_rule2 if q.shape[1] < CHUNK_MIN_TOKENS else chunk_gated_delta_rule2
-        return rule(q, k, v, g, b, w, S)
 
 
 @dataclass(frozen=True)
@@ -306,7 +272,7 @@ class DecodeStep:
         self._rms_rows(mlp_norm)
         self._product(self.h, layer.mlp.w12, self.glu)
         ff = self.spec.intermediate_size
-        self._run(rows.glu_rows_kernel, (cdiv(ff, 512), self.batch), self.glu, self.h_glu, F=ff, BLOCK=512)
+        self._run(rows.glu_rows_kernel, (self.batch, cdiv(ff, 512)), self.glu, self.h_glu, F=ff, BLOCK=512)
         self._product(self.h_glu, layer.mlp.w3, self.x, residual=self.x)
 
     def _mix(self, i: int, layer: Layer, forms: Forms) -> Activation:

@@ -1,7 +1,7 @@
 """What stands between the products of a step besides the mixers: the embedding, norms and gates of rows, the advance.
 
-`embed` opens a step for one sequence or many. The other row kernels serve batches, whose products read bf16 rows;
-a single sequence has their work inside its products (see gemv.py).
+`embed` opens a step for one sequence or many. The other row kernels serve batches and prompts, whose products read
+rows of the activations' type; a single sequence has their work inside its products (see gemv.py).
 """
 
 from __future__ import annotations
@@ -59,10 +59,27 @@ def rms_rows_kernel(p_x, p_gain, p_out, eps, D: tl.constexpr, D_2: tl.constexpr,
     gain = tl.load(p_gain + o, mask, 0.0)
     wait_for_previous(PDL)
     let_next_start(PDL)
-    i_b = tl.program_id(0)
+    i_b = tl.program_id(0).to(tl.int64)
     x = tl.load(p_x + i_b * D + o, mask, 0.0)
     x *= tl.rsqrt(tl.sum(x * x) / D + eps) * gain
     tl.store(p_out + i_b * D + o, x.to(p_out.dtype.element_ty), mask)
+
+
+@triton.jit
+def add_rows_kernel(
+    p_x, p_y, p_sum, p_gain, p_out, eps, D: tl.constexpr, D_2: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr
+):
+    """sum [B, D] = x fp32 + y of any type; with NORM also out = RMSNorm(sum) * gain, in out's type."""
+    o = tl.arange(0, D_2)
+    mask = o < D
+    wait_for_previous(PDL)
+    let_next_start(PDL)
+    i_b = tl.program_id(0).to(tl.int64)
+    x = tl.load(p_x + i_b * D + o, mask, 0.0) + tl.load(p_y + i_b * D + o, mask, 0.0).to(tl.float32)
+    tl.store(p_sum + i_b * D + o, x, mask)
+    if NORM:
+        x *= tl.rsqrt(tl.sum(x * x) / D + eps) * tl.load(p_gain + o, mask, 0.0)
+        tl.store(p_out + i_b * D + o, x.to(p_out.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -94,15 +111,16 @@ def head_rows_kernel(
 
 @triton.jit
 def glu_rows_kernel(p_y, p_out, F: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """out [B, F] = silu(y[:, :F]) * y[:, F:]."""
+    """out [B, F] = silu(y[:, :F]) * y[:, F:], y of any type; grid (B, F / BLOCK)."""
     wait_for_previous(PDL)
     let_next_start(PDL)
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i_b = tl.program_id(0).to(tl.int64)
+    o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = o < F
-    p_y += tl.program_id(1).to(tl.int64) * (2 * F)
-    y = tl.load(p_y + o, mask, 0.0)
-    x = y / (1.0 + tl.exp(-y)) * tl.load(p_y + F + o, mask, 0.0)
-    tl.store(p_out + tl.program_id(1) * F + o, x.to(p_out.dtype.element_ty), mask)
+    p_y += i_b * (2 * F)
+    y = tl.load(p_y + o, mask, 0.0).to(tl.float32)
+    x = y / (1.0 + tl.exp(-y)) * tl.load(p_y + F + o, mask, 0.0).to(tl.float32)
+    tl.store(p_out + i_b * F + o, x.to(p_out.dtype.element_ty), mask)
 
 
 @triton.jit

@@ -114,7 +114,7 @@ def test_glu_of_rows(channels: int, device: torch.device) -> None:
     y = normal(3, 2 * channels)
     y[0, 0], y[0, 1], y[1, 2], y[2, channels + 5] = 200.0, -200.0, torch.nan, torch.nan
     out = nans(3, channels, device=device)
-    launch(rows.glu_rows_kernel, (triton.cdiv(channels, 64), 3), y.to(device), out, device=device, F=channels, BLOCK=64)
+    launch(rows.glu_rows_kernel, (3, triton.cdiv(channels, 64)), y.to(device), out, device=device, F=channels, BLOCK=64)
     first, second = y.double().chunk(2, 1)
     # Of the size of the factors: the exponential of 4 has lost two bits of a factor of 4.
     torch.testing.assert_close(
