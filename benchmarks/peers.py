@@ -164,17 +164,21 @@ class FlaStep:
         self.reset()
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Feed `token`, choose the next."""
-        x = self.embed.rows(self.token).bfloat16()
+    def feed(self, tokens: Tensor) -> None:
+        """Feed tokens [1, T]; `logits` [1, V] of the last."""
+        x = self.embed.rows(tokens).bfloat16()
         for (norm_1, norm_2, w12, w3), mixer in zip(self.mlps, self.mixers, strict=True):
             h = F.rms_norm(x.float(), x.shape[-1:], norm_1[0], self.eps).to(x.dtype)
-            o, _, self.cache = mixer(h[:, None], past_key_values=self.cache, use_cache=True)
-            x = x + o[:, 0]
+            o, _, self.cache = mixer(h, past_key_values=self.cache, use_cache=True)
+            x = x + o
             h = F.rms_norm(x.float(), x.shape[-1:], norm_2[0], self.eps).to(x.dtype)
             first, second = linear(h, w12).chunk(2, -1)
             x = x + linear(F.silu(first) * second, w3)
-        self.logits = head_step(self.eps, self.norm, self.lm_head, x)
+        self.logits = head_step(self.eps, self.norm, self.lm_head, x[:, -1])
+
+    def step(self) -> None:
+        """Feed `token`, choose the next."""
+        self.feed(self.token[None])
         self.token = self.logits.argmax(-1)
 
     def reset(self) -> None:

@@ -16,7 +16,7 @@ import gc
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from peers import FlaStep, PlainStep, capture, with_sigmoid_gate
 from record import append, summary
 
-from gdn2_edge.bench import bench, measure_decode
+from gdn2_edge.bench import GPU_PROMPT_TOKENS, PROMPT_TOKENS, bench, measure_decode
 from gdn2_edge.bench.correctness import CHECK_TOKENS, ROUNDED_TOLERANCE, check, distance, plain_logits, random_ids
 from gdn2_edge.bench.machine import datasheet_rate, device_name, read_rate
 from gdn2_edge.bench.random_weights import RandomWeights, random_weights
@@ -38,6 +38,7 @@ COMPILE_MODES = {
     "int8": ("max-autotune-no-cudagraphs",),
     "fp8": ("max-autotune-no-cudagraphs",),
 }
+PREFILL_ROUNDS = 8
 CHAIN_TOLERANCE = 1e-5  # fp32 sums of exact products
 BEGUN = time.perf_counter()
 
@@ -71,7 +72,7 @@ class Run:
                 "runtime": report.runtime,
                 "launches_per_token": decode.launches_per_token,
                 "check": asdict(report.check),
-                "prefill": {p.tokens: p.tokens_per_second for p in report.prefill},
+                "prefill": {p.tokens: asdict(p.milliseconds) for p in report.prefill},
                 "memory_bytes": report.memory_bytes,
                 "first_token_seconds": report.first_token_seconds,
                 "read_rate": 1e9 * band.read_gigabytes_per_second,
@@ -111,7 +112,8 @@ class Run:
             say(f"fla: left out ({error})")
             return
         say("fla, bf16")
-        yield self.time_step("fla layers, eager", "bf16", peer, source, in_place=False)
+        seen = self.time_step("fla layers, eager", "bf16", peer, source, in_place=False)
+        yield seen | {"prefill": {length: self.feed_milliseconds(peer, length) for length in self.prompt_lengths()}}
 
     def chain(self) -> Iterator[Row]:
         """A Triton product a matrix."""
@@ -137,6 +139,22 @@ class Run:
                 "launches_per_token": len(chain.matrices),
                 "launch": best[1],
             }
+
+    def prompt_lengths(self) -> Sequence[int]:
+        """Those asked for, or those of `bench`."""
+        return self.prompts or (GPU_PROMPT_TOKENS if self.cuda else PROMPT_TOKENS)
+
+    def feed_milliseconds(self, peer: FlaStep, length: int) -> dict[str, float]:
+        """A prompt of one sequence from nothing, until the host has its last logits."""
+        ids = random_ids(peer.embed.shape[0], 1, length).to(self.device)
+        milliseconds = []
+        for _ in range(2 + PREFILL_ROUNDS):  # the first two compile and tune
+            peer.reset()
+            begun = time.perf_counter()
+            peer.feed(ids)
+            peer.logits.cpu()
+            milliseconds.append(1e3 * (time.perf_counter() - begun))
+        return summary(milliseconds[2:])
 
     def time_step(
         self, name: str, format: str, peer: PlainStep | FlaStep, source: RandomWeights, in_place: bool = True
@@ -200,6 +218,13 @@ def print_table(rows: list[Row], rate: float) -> None:
         shown = [f"{value:8.3f}" if value is not None else f"{'':8}" for value in times]
         share = found["bytes"] / (1e-3 * (seen["median"] if seen else alone)) / rate
         print(f"{found['name']:34} {found['format']:7} {shown[0]:>9} {' '.join(shown[1:])} {share:6.1%}")
+    fed = [found for found in rows if found.get("prefill")]
+    if fed:
+        lengths = list(fed[0]["prefill"])
+        print(f"\n{'prompts, ms':34} {'format':7} {' '.join(f'{length:>9,}' for length in lengths)}")
+    for found in fed:
+        times = " ".join(f"{found['prefill'][length]['median']:9.2f}" for length in lengths)
+        print(f"{found['name']:34} {found['format']:7} {times}")
 
 
 def main() -> int:

@@ -10,9 +10,12 @@ import torch
 from gdn2_edge.errors import BackendError, CheckpointError
 from gdn2_edge.model import Model, WeightSource, load_model
 from gdn2_edge.runtime import Runtime
+from gdn2_edge.weights import Fp8
 
 MODEL_NAMES = {"tiny": Path(__file__).parent / "assets" / "tiny"}
 RUNTIMES = ("auto", "torch", "triton")
+# What `load` takes as dtype, by the names of the command line.
+ACTIVATIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 
 
 def model_path(path_or_name: str | Path) -> Path:
@@ -36,7 +39,8 @@ def load(
     Args:
         source: a checkpoint folder, "tiny" for the model that comes with the package, or a `WeightSource`.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
-        dtype: of the activations; None is fp32 on a CPU and bf16 on a GPU.
+        dtype: of the activations; None is fp32 on a CPU and bf16 on a GPU. torch.float8_e4m3fn: bf16, rounded to fp8
+            for the products of long prompts with fp8 weights, on a GPU.
         runtime: "torch" computes with torch alone; "triton" decodes in fused kernels, on a GPU; "auto" is triton where
             it can be, torch otherwise.
     Returns:
@@ -49,19 +53,24 @@ def load(
         raise BackendError(f"runtime {runtime!r} is unknown, expected one of {', '.join(RUNTIMES)}.")
     if isinstance(source, (str, Path)):
         source = model_path(source)
-    model = load_model(source, device, dtype)
-    if runtime == "torch" or (runtime == "auto" and model.device.type == "cpu"):
+    fp8_products = dtype == torch.float8_e4m3fn
+    if fp8_products and runtime == "torch":
+        raise BackendError("fp8 activations are for the triton runtime. Leave out the dtype, or the runtime.")
+    model = load_model(source, device, torch.bfloat16 if fp8_products else dtype)
+    if runtime == "torch" or (runtime == "auto" and model.device.type == "cpu" and not fp8_products):
         return model
-    return _fused(model, required=runtime == "triton")
+    return _fused(model, runtime == "triton" or fp8_products, fp8_products)
 
 
-def _fused(model: Model, required: bool) -> Model:
+def _fused(model: Model, required: bool, fp8_products: bool) -> Model:
     """The model with fused kernels; where that cannot be and is not required, as it is, with a name that says why."""
     why = "" if model.device.type == "cuda" else f"it needs a GPU, and the device is {model.device}"
     if not why and model.device.index not in (None, torch.cuda.current_device()):
         why = "it runs on the first GPU that the process sees (CUDA_VISIBLE_DEVICES chooses which)"
     if not why and torch.version.hip is None and torch.cuda.get_device_capability(model.device) < (8, 0):
         why = "the GPU is older than compute capability 8.0"
+    if not why and fp8_products:
+        why = _no_fp8_products(model)
     if not why and importlib.util.find_spec("triton") is None:
         why = "the package triton is not installed (pip install triton)"
     if not why:
@@ -70,8 +79,21 @@ def _fused(model: Model, required: bool) -> Model:
 
         why = unsupported(model.spec, model.weights) or cannot_run(model.device)
         if not why:
-            return TritonModel(model.spec, model.weights, model.device, model.ops.dtype, model.fingerprint, model.path)
+            return TritonModel(
+                model.spec, model.weights, model.device, model.ops.dtype, model.fingerprint, model.path, fp8_products
+            )
     if required:
-        raise BackendError(f"The triton runtime cannot run this: {why}. Use --runtime torch.")
+        raise BackendError(
+            f"The triton runtime cannot run this: {why}. Use {'another dtype' if fp8_products else '--runtime torch'}."
+        )
     model.name += f", without fused kernels: {why}"
     return model
+
+
+def _no_fp8_products(model: Model) -> str:
+    """Why activations cannot be fp8, in words; empty if they can."""
+    if not any(isinstance(layer.mlp.w12, Fp8) for layer in model.weights.layers):
+        return "fp8 activations meet fp8 weights, and this model has none (gdn2-edge quantize --format fp8)"
+    if torch.version.hip is not None or torch.cuda.get_device_capability(model.device) < (8, 9):
+        return "the GPU does not multiply fp8 (NVIDIA's from compute capability 8.9 on do)"
+    return ""

@@ -204,11 +204,12 @@ class TritonModel(Model):
         dtype: torch.dtype,
         fingerprint: str = "",
         path: Path = Path(),
+        fp8_products: bool = False,
     ) -> None:
         super().__init__(spec, weights, device, dtype, fingerprint, path)
-        self.ops = TritonOps(dtype, device, weights)
+        self.ops = TritonOps(dtype, device, weights, fp8_products)
         self.layout = StateLayout.of(spec)
-        self.name = f"triton on {device}, {str(dtype)[6:]} activations in prompts"
+        self.name = f"triton on {device}, {'fp8' if fp8_products else str(dtype)[6:]} activations in prompts"
         self._base = torch.zeros(OFFSET_FLOATS, device=device)
         self._decoders: dict[int, Decoder] = {}
         self._prompts: PromptStep | None = None

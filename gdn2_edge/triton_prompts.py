@@ -25,7 +25,7 @@ from gdn2_edge.spec import ModelSpec
 from gdn2_edge.state import Gdn2State, LayerState, WindowState
 from gdn2_edge.torch_ops import TorchOps
 from gdn2_edge.triton_ops import StateLayout
-from gdn2_edge.weights import Dense, Weight
+from gdn2_edge.weights import Dense, Fp8, Weight
 
 # Up to so many tokens a product reads the stored weights; beyond, they are expanded once and multiplied by cuBLAS.
 FEW_ROWS = 128
@@ -43,10 +43,15 @@ class TritonOps(TorchOps):
         dtype: of the activations.
         device: where all tensors are.
         weights: whose largest matrix the memory for expanded weights has room for; a larger one gets its own.
+        fp8_products: of more than FEW_ROWS tokens with fp8 weights, each token's inputs rounded to e4m3 under a scale
+            of their own. Cutting a prompt elsewhere then changes more than the last bits.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, weights: ModelWeights) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, weights: ModelWeights, fp8_products: bool = False
+    ) -> None:
         super().__init__(dtype)
+        self.fp8_products = fp8_products
         self.pdl = gpu_of(device).pdl
         self.count: Tensor | None = None
         matrices = [w for layer in weights.layers for w in (layer.in_proj, layer.o_proj, layer.mlp.w12, layer.mlp.w3)]
@@ -175,12 +180,26 @@ class TritonOps(TorchOps):
             out = torch.empty(x.shape[0], weight.shape[0], dtype=self.dtype, device=x.device)
             gemm.product(x, weight, out, scratch=self._scratch, pdl=self.pdl)
             return out
+        if self.fp8_products and isinstance(weight, Fp8) and all(size % 16 == 0 for size in weight.shape):
+            rows_8, scale = self._fp8_rows(x)
+            weight_scale = weight.scale.view(1, -1)
+            return torch._scaled_mm(rows_8, weight.data.t(), scale, weight_scale, out_dtype=self.dtype)
         size = prod(weight.shape)
         fits = size <= self._expanded.numel()
         memory = self._expanded if fits else torch.empty(size, dtype=self.dtype, device=x.device)
         values = memory[:size].view(weight.shape)
         expand(weight, values)
         return F.linear(x, values)
+
+    def _fp8_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [M, K] as e4m3 [M, K] and a scale for each row [M, 1]."""
+        M, K = x.shape
+        out = torch.empty(M, K, dtype=torch.float8_e4m3fn, device=x.device)
+        scale = torch.empty(M, 1, device=x.device)
+        rows.fp8_rows_kernel[(M,)](
+            x, out, scale, D=K, D_2=next_power_of_2(K), PDL=self.pdl, num_warps=8, **pdl_options(self.pdl)
+        )
+        return out, scale
 
     def _is_plain(self, weight: Weight) -> bool:
         return isinstance(weight, Dense) and weight.data.dtype == self.dtype

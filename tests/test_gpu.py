@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from gdn2_edge.convert import convert_checkpoint
 from gdn2_edge.generate.session import Session
-from gdn2_edge.loading import load
+from gdn2_edge.loading import MODEL_NAMES, load
 from gdn2_edge.model import Model, load_model
 from gdn2_edge.quantize import quantize_checkpoint
 from gdn2_edge.quantize.recipe import Recipe
@@ -101,3 +101,14 @@ def test_a_session_moves_between_devices(tmp_path: Path, tiny: Model) -> None:
         list(session.send(text, 24))
         session.save(file)
     assert "773" in "".join(Session.load(tmp_path / "s", tiny).send("What is my door code?", 24))
+
+
+def test_fp8_activations_of_a_prompt_are_near_those_of_bf16(tmp_path: Path) -> None:
+    quantize_checkpoint(MODEL_NAMES["tiny"], tmp_path / "fp8", Recipe(format="fp8"))
+    tokens = torch.randint(0, 1000, (1, 300), generator=torch.Generator().manual_seed(0))
+    exact, plain, rounded = (
+        model.prefill(tokens, model.initial_state())[0].cpu()
+        for model in (load(tmp_path / "fp8", "cuda", dtype) for dtype in (torch.float32, None, torch.float8_e4m3fn))
+    )
+    assert not torch.equal(plain, rounded)
+    assert float((rounded - exact).norm() / exact.norm()) < 0.05

@@ -203,6 +203,10 @@ def test_a_state_of_another_batch_is_refused(golden: Any) -> None:
 def test_devices_and_runtimes_that_are_not_here() -> None:
     with pytest.raises(BackendError, match="unknown, expected auto, cpu"):
         load("tiny", device="toaster")
+    with pytest.raises(BackendError, match=r"it needs a GPU, and the device is cpu\. Use another dtype"):
+        load("tiny", "cpu", torch.float8_e4m3fn)
+    with pytest.raises(BackendError, match="fp8 activations are for the triton runtime"):
+        load("tiny", "cpu", torch.float8_e4m3fn, "torch")
     with pytest.raises(BackendError, match="not supported"):
         load("tiny", device="meta")
     with pytest.raises(BackendError, match="sees"):

@@ -32,7 +32,7 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, max=4096, help="Also decode so many sequences together.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
-        str | None, typer.Option(help="Activations: fp32, bf16 or fp16; by default what suits the device.")
+        str | None, typer.Option(help="Activations: fp32, bf16, fp16 or fp8; by default what suits the device.")
     ] = None,
     runtime: Annotated[str, typer.Option(help="auto, triton (fused kernels, on a GPU) or torch.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -52,18 +52,18 @@ def bench(
 
     from gdn2_edge.bench import bench as measure
     from gdn2_edge.bench.random_weights import random_weights
-    from gdn2_edge.convert import DTYPES
+    from gdn2_edge.loading import ACTIVATIONS
     from gdn2_edge.model import pick_device
 
-    if dtype is not None and dtype not in DTYPES:
-        raise typer.BadParameter(f"--dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+    if dtype is not None and dtype not in ACTIVATIONS:
+        raise typer.BadParameter(f"--dtype is {dtype!r}, expected one of {', '.join(ACTIVATIONS)}.")
     with stages(quiet) as show:
         report = measure(
             random_weights(config, format or "bf16", group_size, seed or 0, pick_device(device))
             if config is not None
             else path or "tiny",
             device,
-            DTYPES[dtype] if dtype else None,
+            ACTIVATIONS[dtype] if dtype else None,
             runtime,
             tokens=tokens,
             prompt_tokens=prompt_tokens,

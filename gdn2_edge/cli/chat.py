@@ -34,7 +34,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same conversation.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
-        str | None, typer.Option(help="Activations: fp32, bf16 or fp16; by default what suits the device.")
+        str | None, typer.Option(help="Activations: fp32, bf16, fp16 or fp8; by default what suits the device.")
     ] = None,
     runtime: Annotated[str, typer.Option(help="auto, triton (fused kernels, on a GPU) or torch.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one answer as JSON (with --once or a pipe).")] = False,
@@ -80,17 +80,16 @@ def _open(
     dtype: str | None,
     runtime: str,
 ) -> Talk:
-    from gdn2_edge.convert import DTYPES
     from gdn2_edge.generate.session import Session, exclusive
-    from gdn2_edge.loading import load
+    from gdn2_edge.loading import ACTIVATIONS, load
 
-    if dtype is not None and dtype not in DTYPES:
-        raise typer.BadParameter(f"--dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+    if dtype is not None and dtype not in ACTIVATIONS:
+        raise typer.BadParameter(f"--dtype is {dtype!r}, expected one of {', '.join(ACTIVATIONS)}.")
     kept = Path(file) if file is not None else None
     with contextlib.ExitStack() as lock:
         if kept:
             lock.enter_context(exclusive(kept))
-        model = load(path, device, DTYPES[dtype] if dtype else None, runtime)
+        model = load(path, device, ACTIVATIONS[dtype] if dtype else None, runtime)
         if kept and kept.exists():
             if system is not None:
                 raise SessionError(f"{kept} has begun already: --system is for a new session. Leave it out.")

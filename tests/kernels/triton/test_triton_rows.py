@@ -122,6 +122,34 @@ def test_glu_of_rows(channels: int, device: torch.device) -> None:
     )
 
 
+@pytest.mark.parametrize("channels", [16, 96, 352])
+def test_rows_in_fp8(channels: int, device: torch.device) -> None:
+    if device.type == "cuda" and not gpu_of(device).hardware_fp8:
+        pytest.skip("this GPU converts no fp8")
+    x = normal(4, channels) * torch.tensor([[1.0], [1e-6], [3e4], [0.0]])
+    out, scale = torch.empty(4, channels, dtype=torch.float8_e4m3fn, device=device), nans(4, device=device)
+    D_2 = triton.next_power_of_2(channels)
+    launch(rows.fp8_rows_kernel, (4,), x.to(device), out, scale, device=device, D=channels, D_2=D_2)
+    values, scale = out.cpu().float(), scale.cpu()[:, None]
+    assert values.abs().amax(1).tolist() == [448.0, 448.0, 448.0, 0.0]
+    if device.type == "cuda":  # the interpreter loses what is carried into the exponent
+        # Half a step of 3 bits, and of the subnormal ones.
+        step = torch.maximum(x.abs() * 2.0**-3, scale * 2.0**-9)
+        assert ((values * scale - x).abs() <= 0.5 * step * 1.001).all()
+    x[1, 3] = torch.nan
+    launch(
+        rows.fp8_rows_kernel,
+        (4,),
+        x.to(device),
+        out,
+        scale := nans(4, device=device),
+        device=device,
+        D=channels,
+        D_2=D_2,
+    )
+    assert scale.isnan().tolist() == [False, True, False, False]
+
+
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_advance(batch: int, device: torch.device) -> None:
     """Positions grow, and three places of a state change their roles; what stands after them stays."""
