@@ -2,18 +2,22 @@
 
     python benchmarks/run.py [--config gdn2_1.3B] [--only runtime chain ...] [--record]
 
-Parts: `runtime` is what `load` gives, through its public calls; `eager` is plain torch operations; `graph` the same
-kind of step with its state in place, captured in a CUDA graph; `compile` that step under torch.compile and captured;
-`fla` flash-linear-attention's layers, where installed; `chain` a Triton product a matrix and nothing else. Each is
-checked against the plain fp32 computation before it is timed. On a CPU nothing is captured and `chain` is left out;
-with attention layers only `runtime` and `eager` run.
+Parts: `runtime` is what `load` gives, through its public calls; `start` how long the default model takes from `load` to
+its first token in a new process, where no kernel has been compiled and where all are in Triton's cache; `eager` is
+plain torch operations; `graph` the same kind of step with its state in place, captured in a CUDA graph; `compile` that
+step under torch.compile and captured; `fla` flash-linear-attention's layers, where installed; `chain` a Triton product
+a matrix and nothing else. Each is checked against the plain fp32 computation before it is timed. On a CPU nothing is
+captured and `chain` is left out; with attention layers only `runtime`, `start` and `eager` run.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +44,15 @@ COMPILE_MODES = {
 }
 PREFILL_ROUNDS = 8
 CHAIN_TOLERANCE = 1e-5  # fp32 sums of exact products
+# Imports are not counted, nor the start of CUDA.
+FIRST_TOKEN = """
+import time, torch, gdn2_edge.loading, gdn2_edge.triton_model
+from gdn2_edge.generate.session import Session
+torch.zeros(1, device="cuda")
+begun = time.perf_counter()
+next(iter(Session(gdn2_edge.load("tiny", "cuda")).send("Hello!")))
+print(time.perf_counter() - begun)
+"""
 BEGUN = time.perf_counter()
 
 Row = dict[str, Any]
@@ -77,6 +90,21 @@ class Run:
                 "first_token_seconds": report.first_token_seconds,
                 "read_rate": 1e9 * band.read_gigabytes_per_second,
             }
+
+    def start(self) -> Iterator[Row]:
+        """`load` and a first token in processes of their own, with an empty and with a filled kernel cache."""
+        if not self.cuda:
+            say("start: left out, only GPUs have kernels to compile")
+            return
+        with tempfile.TemporaryDirectory() as cache:
+            for name in ("start, nothing compiled", "start, kernels in the cache"):
+                say(name)
+                environment = os.environ | {"TRITON_CACHE_DIR": cache}
+                found = subprocess.run(
+                    [sys.executable, "-c", FIRST_TOKEN], env=environment, check=True, capture_output=True, text=True
+                )
+                milliseconds = 1e3 * float(found.stdout)
+                yield row(name, "bf16", dict.fromkeys(("median", "p20", "p80"), milliseconds), None, 0)
 
     def eager(self) -> Iterator[Row]:
         """`Model` on torch operations with bf16 activations."""
@@ -217,7 +245,8 @@ def print_table(rows: list[Row], rate: float) -> None:
         times = [seen[key] if seen else None for key in ("median", "p20", "p80")] + [alone]
         shown = [f"{value:8.3f}" if value is not None else f"{'':8}" for value in times]
         share = found["bytes"] / (1e-3 * (seen["median"] if seen else alone)) / rate
-        print(f"{found['name']:34} {found['format']:7} {shown[0]:>9} {' '.join(shown[1:])} {share:6.1%}")
+        shown.append(f"{share:6.1%}" if share else "")
+        print(f"{found['name']:34} {found['format']:7} {shown[0]:>9} {' '.join(shown[1:])}")
     fed = [found for found in rows if found.get("prefill")]
     if fed:
         lengths = list(fed[0]["prefill"])
@@ -229,7 +258,7 @@ def print_table(rows: list[Row], rate: float) -> None:
 
 def main() -> int:
     """Run the chosen parts; 1 if one of them failed, after the others have run."""
-    parts = ("runtime", "eager", "graph", "compile", "fla", "chain")
+    parts = ("runtime", "start", "eager", "graph", "compile", "fla", "chain")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="gdn2_1.3B", help="a published name or a JSON file")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
@@ -245,7 +274,7 @@ def main() -> int:
     say(f"{device_name(run.device)}, torch {torch.__version__}, {args.config}")
     rate = read_rate(run.device)
     for part in args.only:
-        if run.hybrid and part not in ("runtime", "eager"):
+        if run.hybrid and part not in ("runtime", "start", "eager"):
             say(f"{part}: left out, it has recurrent layers only")
             continue
         try:
