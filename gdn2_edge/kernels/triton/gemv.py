@@ -28,7 +28,7 @@ from gdn2_edge.kernels.triton.activation import (
     write_activation,
 )
 from gdn2_edge.kernels.triton.launch import Gpu, let_next_start, pdl_options, wait_for_previous
-from gdn2_edge.kernels.triton.stored import dot4, stored, weights_per_word, word_values
+from gdn2_edge.kernels.triton.stored import WEIGHTS_PER_WORD, dot4, stored, weights_per_word, word_values
 from gdn2_edge.weights import Weight
 
 
@@ -69,6 +69,12 @@ PAIR_ARGUMENTS = (
     "p_w_2", "p_scale_2", "p_y_2", "N_2", "programs",
     "FORMAT_2", "GROUP_2", "TILES_2", "BLOCK_N_2", "BLOCK_K_2", "AHEAD_2",
 )  # fmt: skip
+
+
+def split_for(*readers: Weight) -> int:
+    """How the values of an activation lie best for the parts of a matrix; see `Activation`."""
+    formats = [stored(weight)[0] for weight in readers]
+    return max((WEIGHTS_PER_WORD[format] for format in formats if not format.startswith("int")), default=1)
 
 
 def num_programs(weight: Weight, output: str, gpu: Gpu) -> int:
@@ -140,7 +146,8 @@ def gemv(
         FORMAT=format,
         GROUP=group,
         NORM=norm,
-        VALUES=forms.values,
+        SPLIT=x.split,
+        VALUES=o.split if forms.values else 0,
         PLANES=forms.planes,
         OUTPUT=output,
         HEAD=channels // heads,
@@ -182,7 +189,8 @@ def gemv_kernel(
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     NORM: tl.constexpr,  # of the input: "rms", "heads" or "none"
-    VALUES: tl.constexpr,
+    SPLIT: tl.constexpr,  # of the input's values
+    VALUES: tl.constexpr,  # the split of the output's values; 0: not written
     PLANES: tl.constexpr,
     OUTPUT: tl.constexpr,  # "store" y; "add" it to the residual stream in p_y; "glu": silu(y_i) * y_(i + N)
     HEAD: tl.constexpr,
@@ -233,6 +241,7 @@ def gemv_kernel(
             FORMAT,
             GROUP,
             NORM,
+            SPLIT,
             VALUES,
             PLANES,
             OUTPUT,
@@ -271,6 +280,7 @@ def gemv_kernel(
             FORMAT_2,
             GROUP_2,
             NORM,
+            SPLIT,
             VALUES,
             PLANES,
             OUTPUT,
@@ -311,7 +321,8 @@ def _program(
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     NORM: tl.constexpr,  # of the input: "rms", "heads" or "none"
-    VALUES: tl.constexpr,
+    SPLIT: tl.constexpr,  # of the input's values
+    VALUES: tl.constexpr,  # the split of the output's values; 0: not written
     PLANES: tl.constexpr,
     OUTPUT: tl.constexpr,  # "store" y; "add" it to the residual stream in p_y; "glu": silu(y_i) * y_(i + N)
     HEAD: tl.constexpr,
@@ -352,7 +363,7 @@ def _program(
     if FORMAT == "int8" or FORMAT == "int4":
         x = load_planes(p_high, p_low, p_unit, p_squares, eps, K, FORMAT, NORM, HEAD, PARTS, BLOCK_K, CHUNKS, ASM)
     else:
-        x = load_values_of(p_values, p_squares, eps, K, FORMAT, NORM, HEAD, PARTS, BLOCK_K, CHUNKS)
+        x = load_values_of(p_values, p_squares, eps, K, SPLIT, FORMAT, NORM, HEAD, PARTS, BLOCK_N, BLOCK_K, CHUNKS)
     factor = 1.0
     if NORM == "rms":
         o_part = tl.arange(0, SQUARES)
@@ -381,7 +392,8 @@ def _program(
             y += before
             tl.store(p_y + o_n, y, mask)
             tl.store(p_out_squares + i_program, tl.sum(tl.where(mask, y * y, 0.0)))
-        write_activation(p_out_values, p_out_high, p_out_low, p_out_unit, y * gain, o_n, mask, ROWS, VALUES, PLANES)
+        out = y * gain
+        write_activation(p_out_values, p_out_high, p_out_low, p_out_unit, out, o_n, mask, N, ROWS, VALUES, PLANES)
 
 
 @triton.jit
@@ -466,5 +478,5 @@ def _product(
         for i in tl.static_range(CHUNKS):
             values = word_values(w[FIRST + i], FORMAT, HARDWARE_FP8)
             for j in tl.static_range(PER_WORD):
-                y += values[j] * x[PER_WORD * i + j][None, :, :]
+                y += values[j] * x[PER_WORD * i + j]
         return tl.sum(tl.sum(y, 2), 1)
