@@ -140,6 +140,7 @@ def load_values_of(
     """
     PER_WORD: tl.constexpr = weights_per_word(FORMAT)
     VECTORS: tl.constexpr = BLOCK_K // (4 * PER_WORD)
+    IN_HEAD: tl.constexpr = HEAD % (4 * PER_WORD) == 0  # a vector lies within a head
     no_row = tl.zeros((BLOCK_N, 1, 1), tl.int32)
     chunks = ()
     for i in tl.static_range(CHUNKS):
@@ -148,7 +149,6 @@ def load_values_of(
         mask = (o_v < K // (4 * PER_WORD)) & (no_row == 0)
         factor = 1.0
         if NORM == "heads":
-            IN_HEAD: tl.constexpr = HEAD % (4 * PER_WORD) == 0  # a vector lies within a head
             o_first = (o_v + no_row) * (4 * PER_WORD) if IN_HEAD else o_w * PER_WORD
             factor = _head_factor(p_squares, o_first // HEAD, mask, eps, HEAD, PARTS)
         for j in tl.static_range(PER_WORD):
