@@ -169,29 +169,33 @@ def load_planes(
     NORM: tl.constexpr,
     HEAD: tl.constexpr,
     PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """The input in fixed point, arranged as the codes of a word of weights are.
 
-    A chunk for int8 takes three tensors [vectors of 16, 4]: high bytes, low bytes, unit. For int4 six: high bytes that
-    meet even and odd codes, low bytes of both, unit [vectors of 32, 4], and what codes of 8, which stand for 0, add up
-    to [vectors].
+    A chunk for int8 takes three tensors [BLOCK_N, vectors of 16, 4], the same for all rows (see `load_values_of`): high
+    bytes, low bytes, unit. For int4 six: high bytes that meet even and odd codes, low bytes of both, unit [BLOCK_N,
+    vectors of 32, 4], and what codes of 8, which stand for 0, add up to [BLOCK_N, vectors].
     """
     p_high_words = p_high.to(tl.pointer_type(tl.int32 if FORMAT == "int8" else tl.int64))
     p_low_words = p_low.to(tl.pointer_type(tl.int32 if FORMAT == "int8" else tl.int64))
     VECTOR: tl.constexpr = 4 * weights_per_word(FORMAT)
+    IN_HEAD: tl.constexpr = HEAD % VECTOR == 0
+    no_row = tl.zeros((BLOCK_N, 1, 1), tl.int32)
     chunks = ()
     for i in tl.static_range(CHUNKS):
-        o_v = i * (BLOCK_K // VECTOR) + tl.arange(0, BLOCK_K // VECTOR)
-        o_w = o_v[:, None] * 4 + tl.arange(0, 4)[None, :]
-        mask = (o_v < K // VECTOR)[:, None]
+        o_v = i * (BLOCK_K // VECTOR) + tl.arange(0, BLOCK_K // VECTOR)[None, :, None]
+        o_w = o_v * 4 + tl.arange(0, 4)[None, None, :] + no_row
+        mask = (o_v < K // VECTOR) & (no_row == 0)
         high = tl.load(p_high_words + o_w, mask, 0)
         low = tl.load(p_low_words + o_w, mask, 0)
         unit = tl.load(p_unit + o_w * (VECTOR // 4) // UNIT_BLOCK, mask, 0.0)
         if NORM == "heads":
-            unit *= _head_factor(p_squares, o_w * (VECTOR // 4) // HEAD, mask, eps, HEAD, PARTS)
+            o_first = (o_v + no_row) * VECTOR if IN_HEAD else o_w * (VECTOR // 4)
+            unit *= _head_factor(p_squares, o_first // HEAD, mask, eps, HEAD, PARTS)
         if FORMAT == "int8":
             chunks = chunks + (high, low, unit)
         else:
@@ -201,7 +205,7 @@ def load_planes(
             zero = tl.zeros(high_even.shape, tl.int32)
             high = dot4(eights, high_odd, dot4(eights, high_even, zero, ASM, False, True), ASM, False, True)
             low = dot4(eights, low_odd, dot4(eights, low_even, zero, ASM, False, False), ASM, False, False)
-            offset = tl.sum((high * 256 + low).to(tl.float32) * unit, 1)
+            offset = tl.sum((high * 256 + low).to(tl.float32) * unit, 2)
             chunks = chunks + (high_even, high_odd, low_even, low_odd, unit, offset)
     return chunks
 

@@ -361,7 +361,9 @@ def _program(
     wait_for_previous(PDL)
     let_next_start(PDL)
     if FORMAT == "int8" or FORMAT == "int4":
-        x = load_planes(p_high, p_low, p_unit, p_squares, eps, K, FORMAT, NORM, HEAD, PARTS, BLOCK_K, CHUNKS, ASM)
+        x = load_planes(
+            p_high, p_low, p_unit, p_squares, eps, K, FORMAT, NORM, HEAD, PARTS, BLOCK_N, BLOCK_K, CHUNKS, ASM
+        )
     else:
         x = load_values_of(p_values, p_squares, eps, K, SPLIT, FORMAT, NORM, HEAD, PARTS, BLOCK_N, BLOCK_K, CHUNKS)
     factor = 1.0
@@ -455,9 +457,9 @@ def _product(
         for i in tl.static_range(CHUNKS):
             codes = w[FIRST + i]
             zero = tl.zeros(codes.shape, tl.int32)
-            high = dot4(codes, x[3 * i][None, :, :].broadcast_to(codes.shape), zero, ASM, True, True)
-            low = dot4(codes, x[3 * i + 1][None, :, :].broadcast_to(codes.shape), zero, ASM, True, False)
-            y += (high * 256 + low).to(tl.float32) * x[3 * i + 2][None, :, :]
+            high = dot4(codes, x[3 * i], zero, ASM, True, True)
+            low = dot4(codes, x[3 * i + 1], zero, ASM, True, False)
+            y += (high * 256 + low).to(tl.float32) * x[3 * i + 2]
         return tl.sum(tl.sum(y, 2), 1)
     elif FORMAT == "int4":
         y = tl.zeros((BLOCK_N, VECTORS), tl.float32)
@@ -466,12 +468,12 @@ def _product(
             even = words & 0x0F0F0F0F
             odd = (words >> 4) & 0x0F0F0F0F
             zero = tl.zeros(words.shape, tl.int32)
-            high = dot4(even, x[6 * i][None, :, :].broadcast_to(words.shape), zero, ASM, False, True)
-            high = dot4(odd, x[6 * i + 1][None, :, :].broadcast_to(words.shape), high, ASM, False, True)
-            low = dot4(even, x[6 * i + 2][None, :, :].broadcast_to(words.shape), zero, ASM, False, False)
-            low = dot4(odd, x[6 * i + 3][None, :, :].broadcast_to(words.shape), low, ASM, False, False)
-            total = tl.sum((high * 256 + low).to(tl.float32) * x[6 * i + 4][None, :, :], 2)
-            y += (total - x[6 * i + 5][None, :]) * w[FIRST + 2 * i + 1].to(tl.float32)
+            high = dot4(even, x[6 * i], zero, ASM, False, True)
+            high = dot4(odd, x[6 * i + 1], high, ASM, False, True)
+            low = dot4(even, x[6 * i + 2], zero, ASM, False, False)
+            low = dot4(odd, x[6 * i + 3], low, ASM, False, False)
+            total = tl.sum((high * 256 + low).to(tl.float32) * x[6 * i + 4], 2)
+            y += (total - x[6 * i + 5]) * w[FIRST + 2 * i + 1].to(tl.float32)
         return tl.sum(y, 1)
     else:
         y = tl.zeros((BLOCK_N, VECTORS, 4), tl.float32)
