@@ -5,7 +5,8 @@ kernel waits for the one before it, and later rows while earlier ones are multip
 
 bf16, fp16, fp32 and fp8 weights become fp32 in registers and meet the fp32 values of the input. int8 and int4 codes
 meet the bytes of its 16-bit fixed point: four products an instruction, whose sums are exact; that takes
-1.3 instructions a weight, where converting and multiplying takes 4 to 8. See activation.py for the forms of an input.
+1.3 instructions a weight, where converting and multiplying takes 2.5 or more. See activation.py for the forms of an
+input. Each thread loads what its weights meet: an exchange through shared memory would cost more than the products.
 
 An RMSNorm is divided between two kernels: the writer of x multiplies by the norm's weight and leaves a partial sum of
 x^2, the reader multiplies its results (or, for norms within heads, its inputs) by the factor.
