@@ -7,7 +7,7 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gdn2_edge.kernels.triton import attention, gemm, launch, recurrence, rows, sample
 from gdn2_edge.kernels.triton.activation import BOTH_FORMS, Activation, Forms, make_activation
-from gdn2_edge.kernels.triton.gemv import gemv, num_programs
+from gdn2_edge.kernels.triton.gemv import gemv, num_programs, split_for
 from gdn2_edge.kernels.triton.launch import Gpu, cdiv, gpu_of, next_power_of_2, pdl_options
 from gdn2_edge.kernels.triton.stored import WEIGHTS_PER_WORD, stored
 from gdn2_edge.ops import AttentionLayer, Gdn2Layer, Layer, ModelWeights
@@ -147,12 +147,14 @@ class DecodeStep:
         self.block_v = 16 if spec.head_v_dim % 16 == 0 else 8
         parts = spec.head_v_dim // self.block_v
         single = batch == 1
-        self.inputs = [make_activation(hidden, (-(-hidden // EMBED_BLOCK),), device)]
+        readers = [*(layer.in_proj for layer in weights.layers), weights.lm_head]
+        self.inputs = [make_activation(hidden, (-(-hidden // EMBED_BLOCK),), device, split_for(*_parts(readers[0])))]
         self.after_mixer, self.after_glu = [], []
-        for layer in weights.layers if single else ():
-            self.after_mixer.append(make_activation(hidden, (num_programs(layer.o_proj, "add", self.gpu),), device))
-            self.after_glu.append(make_activation(ff, (1,), device))
-            self.inputs.append(make_activation(hidden, (num_programs(layer.mlp.w3, "add", self.gpu),), device))
+        for layer, reader in zip(weights.layers, readers[1:], strict=True) if single else ():
+            mixers, adders = (num_programs(w, "add", self.gpu) for w in (layer.o_proj, layer.mlp.w3))
+            self.after_mixer.append(make_activation(hidden, (mixers,), device, split_for(*_parts(layer.mlp.w12))))
+            self.after_glu.append(make_activation(ff, (1,), device, split_for(*_parts(layer.mlp.w3))))
+            self.inputs.append(make_activation(hidden, (adders,), device, split_for(*_parts(reader))))
         self.mixed = make_activation(spec.value_dim * batch, (spec.num_v_heads * batch, parts), device)
         self.mixer_vectors = floats(batch, spec.num_v_heads, parts, 4, next_power_of_2(spec.head_k_dim))
         if spec.kv_heads:
@@ -220,7 +222,7 @@ class DecodeStep:
             BLOCK=EMBED_BLOCK,
             FORMAT=format,
             GROUP=group,
-            VALUES=forms.values,
+            VALUES=out.split if forms.values else 0,
             PLANES=forms.planes,
             HARDWARE_FP8=self.gpu.hardware_fp8,
             PDL=False,
@@ -278,6 +280,7 @@ class DecodeStep:
     def _mix(self, i: int, layer: Layer, forms: Forms) -> Activation:
         """What stands between the two projections of a mixer."""
         spec, places = self.spec, self.layout.offsets[i]
+        split = split_for(*_parts(layer.o_proj)) if self.batch == 1 else 1
         if isinstance(layer, AttentionLayer):
             attention.window_decode(
                 self._y(layer),
@@ -293,13 +296,14 @@ class DecodeStep:
                 kv_heads=spec.kv_heads,
                 head_dim=spec.attention_head_dim,
                 window=spec.window,
+                split=split,
                 planes=self.attended if forms.planes else None,
                 pdl=self.gpu.pdl,
             )
-            return self.attended
+            return replace(self.attended, split=split)
         f_format, f, f_scale, f_group = stored(layer.f_proj)
         g_format, g, g_scale, g_group = stored(layer.g_proj)
-        out, rank = self.mixed, spec.head_v_dim
+        out, rank = replace(self.mixed, split=split), spec.head_v_dim
         self._run(
             recurrence.decode_kernel,
             (cdiv(spec.head_v_dim, self.block_v), spec.num_v_heads, self.batch),
@@ -341,7 +345,7 @@ class DecodeStep:
             G_FORMAT=g_format,
             G_GROUP=g_group,
             GATE=spec.output_gate,
-            VALUES=forms.values,
+            VALUES=out.split if forms.values else 0,
             PLANES=forms.planes,
             HARDWARE_FP8=self.gpu.hardware_fp8,
             num_warps=8,

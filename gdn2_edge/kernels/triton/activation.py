@@ -34,8 +34,10 @@ BOTH_FORMS = Forms(True, True)
 class Activation:
     """What one kernel writes and the next reads, for K channels of one sequence.
 
-    values: fp32 [K]. high: int8 [K]. low: uint8 [K]. unit: fp32 [K / 8]. squares: fp32, partial sums of squares before
-    the norm's weight; [programs of the writer], or [heads, parts] where the norm is within heads.
+    values: fp32 [split, K / split], channel c at [c % split, c // split]. high: int8 [K]. low: uint8 [K]. unit: fp32
+    [K / 8]. squares: fp32, partial sums of squares before the norm's weight; [programs of the writer], or
+    [heads, parts] where the norm is within heads. split: the weights that 32 bits of the reader's matrix hold, so that
+    what meets the first, second .. weights of four words lies in 16 bytes; 1: values are in order.
     """
 
     values: Tensor
@@ -43,9 +45,10 @@ class Activation:
     low: Tensor
     unit: Tensor
     squares: Tensor
+    split: int = 1
 
 
-def make_activation(channels: int, squares: tuple[int, ...], device: torch.device) -> Activation:
+def make_activation(channels: int, squares: tuple[int, ...], device: torch.device, split: int = 1) -> Activation:
     """Buffers for an activation of `channels` (a multiple of 8)."""
     return Activation(
         values=torch.zeros(channels, device=device),
@@ -53,21 +56,41 @@ def make_activation(channels: int, squares: tuple[int, ...], device: torch.devic
         low=torch.zeros(channels, dtype=torch.uint8, device=device),
         unit=torch.zeros(channels // 8, device=device),
         squares=torch.zeros(squares, device=device),
+        split=split,
     )
 
 
 @triton.jit
 def write_activation(
-    p_values, p_high, p_low, p_unit, x, o, mask, ROWS: tl.constexpr, VALUES: tl.constexpr, PLANES: tl.constexpr
+    p_values,
+    p_high,
+    p_low,
+    p_unit,
+    x,
+    o,
+    mask,
+    channels,
+    ROWS: tl.constexpr,
+    VALUES: tl.constexpr,
+    PLANES: tl.constexpr,
 ):
-    """Write x [ROWS], ROWS a multiple of 8, for the channels o [ROWS], which start at a multiple of 8.
+    """Write x [ROWS], ROWS a multiple of 8, for the channels o [ROWS] of `channels`, which start at a multiple of 8.
 
-    VALUES and PLANES say which of the two forms a reader needs.
+    VALUES and PLANES say which of the two forms a reader needs; VALUES is their split, or 0.
     """
-    if VALUES:
-        tl.store(p_values + o, x, mask)
+    if VALUES > 0:
+        tl.store(p_values + place(o, channels, VALUES), x, mask)
     if PLANES:
         _write_planes(p_high, p_low, p_unit, x, o, mask, ROWS)
+
+
+@triton.jit
+def place(o, channels, SPLIT: tl.constexpr):
+    """Where the values of channels o are."""
+    if SPLIT == 1:
+        return o
+    else:
+        return (o % SPLIT) * (channels // SPLIT) + o // SPLIT
 
 
 @triton.jit
@@ -101,32 +124,36 @@ def load_values_of(
     p_squares,
     eps,
     K: tl.constexpr,
+    SPLIT: tl.constexpr,
     FORMAT: tl.constexpr,
     NORM: tl.constexpr,
     HEAD: tl.constexpr,
     PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """The input, fp32, as the weights of a word are: for each chunk and weight of a word a tensor [vectors, 4]."""
+    """The input, fp32, for each chunk and weight of a word a tensor [BLOCK_N, vectors, 4], the same for all rows.
+
+    It has the rows of a tile of weights so that the compiler gives both one layout: each thread then loads what its
+    weights meet, 16 bytes at once, and nothing goes through shared memory.
+    """
     PER_WORD: tl.constexpr = weights_per_word(FORMAT)
     VECTORS: tl.constexpr = BLOCK_K // (4 * PER_WORD)
+    IN_HEAD: tl.constexpr = HEAD % (4 * PER_WORD) == 0  # a vector lies within a head
+    no_row = tl.zeros((BLOCK_N, 1, 1), tl.int32)
     chunks = ()
     for i in tl.static_range(CHUNKS):
-        o_v = i * VECTORS + tl.arange(0, VECTORS)
-        o_w = o_v[:, None] * 4 + tl.arange(0, 4)[None, :]
-        mask = (o_v < K // (4 * PER_WORD))[:, None]
+        o_v = i * VECTORS + tl.arange(0, VECTORS)[None, :, None]
+        o_w = o_v * 4 + tl.arange(0, 4)[None, None, :] + no_row
+        mask = (o_v < K // (4 * PER_WORD)) & (no_row == 0)
         factor = 1.0
-        if NORM == "heads":  # a vector lies within a head
-            factor = _head_factor(p_squares, o_w * PER_WORD // HEAD, mask, eps, HEAD, PARTS)
-        if PER_WORD == 1:
-            chunks = chunks + (tl.load(p_values + o_w, mask, 0.0) * factor,)
-        else:
-            for j in tl.static_range(PER_WORD // 2):  # two at once: the compiler then keeps them in the thread
-                pair = tl.load(p_values.to(tl.pointer_type(tl.int64)) + o_w * (PER_WORD // 2) + j, mask, 0)
-                first = pair.to(tl.int32).to(tl.float32, bitcast=True)
-                second = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-                chunks = chunks + (first * factor, second * factor)
+        if NORM == "heads":
+            o_first = (o_v + no_row) * (4 * PER_WORD) if IN_HEAD else o_w * PER_WORD
+            factor = _head_factor(p_squares, o_first // HEAD, mask, eps, HEAD, PARTS)
+        for j in tl.static_range(PER_WORD):
+            o = o_w + j * (K // PER_WORD) if SPLIT == PER_WORD else place(o_w * PER_WORD + j, K, SPLIT)
+            chunks = chunks + (tl.load(p_values + o, mask, 0.0) * factor,)
     return chunks
 
 
@@ -142,29 +169,33 @@ def load_planes(
     NORM: tl.constexpr,
     HEAD: tl.constexpr,
     PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """The input in fixed point, arranged as the codes of a word of weights are.
 
-    A chunk for int8 takes three tensors [vectors of 16, 4]: high bytes, low bytes, unit. For int4 six: high bytes that
-    meet even and odd codes, low bytes of both, unit [vectors of 32, 4], and what codes of 8, which stand for 0, add up
-    to [vectors].
+    A chunk for int8 takes three tensors [BLOCK_N, vectors of 16, 4], the same for all rows (see `load_values_of`): high
+    bytes, low bytes, unit. For int4 six: high bytes that meet even and odd codes, low bytes of both, unit [BLOCK_N,
+    vectors of 32, 4], and what codes of 8, which stand for 0, add up to [BLOCK_N, vectors].
     """
     p_high_words = p_high.to(tl.pointer_type(tl.int32 if FORMAT == "int8" else tl.int64))
     p_low_words = p_low.to(tl.pointer_type(tl.int32 if FORMAT == "int8" else tl.int64))
     VECTOR: tl.constexpr = 4 * weights_per_word(FORMAT)
+    IN_HEAD: tl.constexpr = HEAD % VECTOR == 0
+    no_row = tl.zeros((BLOCK_N, 1, 1), tl.int32)
     chunks = ()
     for i in tl.static_range(CHUNKS):
-        o_v = i * (BLOCK_K // VECTOR) + tl.arange(0, BLOCK_K // VECTOR)
-        o_w = o_v[:, None] * 4 + tl.arange(0, 4)[None, :]
-        mask = (o_v < K // VECTOR)[:, None]
+        o_v = i * (BLOCK_K // VECTOR) + tl.arange(0, BLOCK_K // VECTOR)[None, :, None]
+        o_w = o_v * 4 + tl.arange(0, 4)[None, None, :] + no_row
+        mask = (o_v < K // VECTOR) & (no_row == 0)
         high = tl.load(p_high_words + o_w, mask, 0)
         low = tl.load(p_low_words + o_w, mask, 0)
         unit = tl.load(p_unit + o_w * (VECTOR // 4) // UNIT_BLOCK, mask, 0.0)
         if NORM == "heads":
-            unit *= _head_factor(p_squares, o_w * (VECTOR // 4) // HEAD, mask, eps, HEAD, PARTS)
+            o_first = (o_v + no_row) * VECTOR if IN_HEAD else o_w * (VECTOR // 4)
+            unit *= _head_factor(p_squares, o_first // HEAD, mask, eps, HEAD, PARTS)
         if FORMAT == "int8":
             chunks = chunks + (high, low, unit)
         else:
@@ -174,7 +205,7 @@ def load_planes(
             zero = tl.zeros(high_even.shape, tl.int32)
             high = dot4(eights, high_odd, dot4(eights, high_even, zero, ASM, False, True), ASM, False, True)
             low = dot4(eights, low_odd, dot4(eights, low_even, zero, ASM, False, False), ASM, False, False)
-            offset = tl.sum((high * 256 + low).to(tl.float32) * unit, 1)
+            offset = tl.sum((high * 256 + low).to(tl.float32) * unit, 2)
             chunks = chunks + (high_even, high_odd, low_even, low_odd, unit, offset)
     return chunks
 

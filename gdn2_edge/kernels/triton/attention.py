@@ -163,6 +163,7 @@ def _merge_parts(
     SPLITS: tl.constexpr,
     D: tl.constexpr,
     PARTIAL: tl.constexpr,
+    SPLIT: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -179,7 +180,8 @@ def _merge_parts(
     b_acc = tl.load(p_part[:, None] + o_d[None, :], mask=mask_s[:, None] & mask_d[None, :], other=0.0)
     b_weight = tl.exp2(b_max - tl.max(b_max, 0))
     b_out = tl.sum(b_acc * b_weight[:, None], 0) / tl.sum(b_sum * b_weight, 0)
-    write_activation(p_out, p_high, p_low, p_unit, b_out, i_head * D + o_d, mask_d, BLOCK_D, True, PLANES)
+    o, channels = i_head * D + o_d, tl.num_programs(0) * D
+    write_activation(p_out, p_high, p_low, p_unit, b_out, o, mask_d, channels, BLOCK_D, SPLIT, PLANES)
 
 
 @cache
@@ -239,6 +241,7 @@ def window_decode(
     kv_heads: int,
     head_dim: int,
     window: int,
+    split: int = 1,
     planes: Activation | None = None,
     pdl: bool = False,
 ) -> None:
@@ -258,6 +261,7 @@ def window_decode(
         offset: int64 [B], in units of 16 floats: where each sequence's own part of `base` starts.
         k_ring, v_ring: floats from there to this layer's rings.
         out: fp32 [B, HQ D], written.
+        split: how `out` lies, for one sequence; see `Activation`.
         scratch: fp32 of `scratch_shape`, contiguous; its third size is the number of parts.
         head_dim: D, even; a multiple of 8 with `planes`.
         planes: where the output also goes as fixed point, for one sequence.
@@ -298,6 +302,7 @@ def window_decode(
         SPLITS=splits,
         D=head_dim,
         PARTIAL=partial,
+        SPLIT=split,
         PLANES=planes is not None,
         BLOCK_S=block_s,
         BLOCK_D=block_d,

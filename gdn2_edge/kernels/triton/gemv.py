@@ -5,7 +5,8 @@ kernel waits for the one before it, and later rows while earlier ones are multip
 
 bf16, fp16, fp32 and fp8 weights become fp32 in registers and meet the fp32 values of the input. int8 and int4 codes
 meet the bytes of its 16-bit fixed point: four products an instruction, whose sums are exact; that takes
-1.3 instructions a weight, where converting and multiplying takes 4 to 8. See activation.py for the forms of an input.
+1.3 instructions a weight, where converting and multiplying takes 2.5 or more. See activation.py for the forms of an
+input. Each thread loads what its weights meet: an exchange through shared memory would cost more than the products.
 
 An RMSNorm is divided between two kernels: the writer of x multiplies by the norm's weight and leaves a partial sum of
 x^2, the reader multiplies its results (or, for norms within heads, its inputs) by the factor.
@@ -28,7 +29,7 @@ from gdn2_edge.kernels.triton.activation import (
     write_activation,
 )
 from gdn2_edge.kernels.triton.launch import Gpu, let_next_start, pdl_options, wait_for_previous
-from gdn2_edge.kernels.triton.stored import dot4, stored, weights_per_word, word_values
+from gdn2_edge.kernels.triton.stored import WEIGHTS_PER_WORD, dot4, stored, weights_per_word, word_values
 from gdn2_edge.weights import Weight
 
 
@@ -69,6 +70,12 @@ PAIR_ARGUMENTS = (
     "p_w_2", "p_scale_2", "p_y_2", "N_2", "programs",
     "FORMAT_2", "GROUP_2", "TILES_2", "BLOCK_N_2", "BLOCK_K_2", "AHEAD_2",
 )  # fmt: skip
+
+
+def split_for(*readers: Weight) -> int:
+    """How the values of an activation lie best for the parts of a matrix; see `Activation`."""
+    formats = [stored(weight)[0] for weight in readers]
+    return max((WEIGHTS_PER_WORD[format] for format in formats if not format.startswith("int")), default=1)
 
 
 def num_programs(weight: Weight, output: str, gpu: Gpu) -> int:
@@ -140,7 +147,8 @@ def gemv(
         FORMAT=format,
         GROUP=group,
         NORM=norm,
-        VALUES=forms.values,
+        SPLIT=x.split,
+        VALUES=o.split if forms.values else 0,
         PLANES=forms.planes,
         OUTPUT=output,
         HEAD=channels // heads,
@@ -182,7 +190,8 @@ def gemv_kernel(
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     NORM: tl.constexpr,  # of the input: "rms", "heads" or "none"
-    VALUES: tl.constexpr,
+    SPLIT: tl.constexpr,  # of the input's values
+    VALUES: tl.constexpr,  # the split of the output's values; 0: not written
     PLANES: tl.constexpr,
     OUTPUT: tl.constexpr,  # "store" y; "add" it to the residual stream in p_y; "glu": silu(y_i) * y_(i + N)
     HEAD: tl.constexpr,
@@ -233,6 +242,7 @@ def gemv_kernel(
             FORMAT,
             GROUP,
             NORM,
+            SPLIT,
             VALUES,
             PLANES,
             OUTPUT,
@@ -271,6 +281,7 @@ def gemv_kernel(
             FORMAT_2,
             GROUP_2,
             NORM,
+            SPLIT,
             VALUES,
             PLANES,
             OUTPUT,
@@ -311,7 +322,8 @@ def _program(
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     NORM: tl.constexpr,  # of the input: "rms", "heads" or "none"
-    VALUES: tl.constexpr,
+    SPLIT: tl.constexpr,  # of the input's values
+    VALUES: tl.constexpr,  # the split of the output's values; 0: not written
     PLANES: tl.constexpr,
     OUTPUT: tl.constexpr,  # "store" y; "add" it to the residual stream in p_y; "glu": silu(y_i) * y_(i + N)
     HEAD: tl.constexpr,
@@ -350,9 +362,11 @@ def _program(
     wait_for_previous(PDL)
     let_next_start(PDL)
     if FORMAT == "int8" or FORMAT == "int4":
-        x = load_planes(p_high, p_low, p_unit, p_squares, eps, K, FORMAT, NORM, HEAD, PARTS, BLOCK_K, CHUNKS, ASM)
+        x = load_planes(
+            p_high, p_low, p_unit, p_squares, eps, K, FORMAT, NORM, HEAD, PARTS, BLOCK_N, BLOCK_K, CHUNKS, ASM
+        )
     else:
-        x = load_values_of(p_values, p_squares, eps, K, FORMAT, NORM, HEAD, PARTS, BLOCK_K, CHUNKS)
+        x = load_values_of(p_values, p_squares, eps, K, SPLIT, FORMAT, NORM, HEAD, PARTS, BLOCK_N, BLOCK_K, CHUNKS)
     factor = 1.0
     if NORM == "rms":
         o_part = tl.arange(0, SQUARES)
@@ -381,7 +395,8 @@ def _program(
             y += before
             tl.store(p_y + o_n, y, mask)
             tl.store(p_out_squares + i_program, tl.sum(tl.where(mask, y * y, 0.0)))
-        write_activation(p_out_values, p_out_high, p_out_low, p_out_unit, y * gain, o_n, mask, ROWS, VALUES, PLANES)
+        out = y * gain
+        write_activation(p_out_values, p_out_high, p_out_low, p_out_unit, out, o_n, mask, N, ROWS, VALUES, PLANES)
 
 
 @triton.jit
@@ -443,9 +458,9 @@ def _product(
         for i in tl.static_range(CHUNKS):
             codes = w[FIRST + i]
             zero = tl.zeros(codes.shape, tl.int32)
-            high = dot4(codes, x[3 * i][None, :, :].broadcast_to(codes.shape), zero, ASM, True, True)
-            low = dot4(codes, x[3 * i + 1][None, :, :].broadcast_to(codes.shape), zero, ASM, True, False)
-            y += (high * 256 + low).to(tl.float32) * x[3 * i + 2][None, :, :]
+            high = dot4(codes, x[3 * i], zero, ASM, True, True)
+            low = dot4(codes, x[3 * i + 1], zero, ASM, True, False)
+            y += (high * 256 + low).to(tl.float32) * x[3 * i + 2]
         return tl.sum(tl.sum(y, 2), 1)
     elif FORMAT == "int4":
         y = tl.zeros((BLOCK_N, VECTORS), tl.float32)
@@ -454,17 +469,17 @@ def _product(
             even = words & 0x0F0F0F0F
             odd = (words >> 4) & 0x0F0F0F0F
             zero = tl.zeros(words.shape, tl.int32)
-            high = dot4(even, x[6 * i][None, :, :].broadcast_to(words.shape), zero, ASM, False, True)
-            high = dot4(odd, x[6 * i + 1][None, :, :].broadcast_to(words.shape), high, ASM, False, True)
-            low = dot4(even, x[6 * i + 2][None, :, :].broadcast_to(words.shape), zero, ASM, False, False)
-            low = dot4(odd, x[6 * i + 3][None, :, :].broadcast_to(words.shape), low, ASM, False, False)
-            total = tl.sum((high * 256 + low).to(tl.float32) * x[6 * i + 4][None, :, :], 2)
-            y += (total - x[6 * i + 5][None, :]) * w[FIRST + 2 * i + 1].to(tl.float32)
+            high = dot4(even, x[6 * i], zero, ASM, False, True)
+            high = dot4(odd, x[6 * i + 1], high, ASM, False, True)
+            low = dot4(even, x[6 * i + 2], zero, ASM, False, False)
+            low = dot4(odd, x[6 * i + 3], low, ASM, False, False)
+            total = tl.sum((high * 256 + low).to(tl.float32) * x[6 * i + 4], 2)
+            y += (total - x[6 * i + 5]) * w[FIRST + 2 * i + 1].to(tl.float32)
         return tl.sum(y, 1)
     else:
         y = tl.zeros((BLOCK_N, VECTORS, 4), tl.float32)
         for i in tl.static_range(CHUNKS):
             values = word_values(w[FIRST + i], FORMAT, HARDWARE_FP8)
             for j in tl.static_range(PER_WORD):
-                y += values[j] * x[PER_WORD * i + j][None, :, :]
+                y += values[j] * x[PER_WORD * i + j]
         return tl.sum(tl.sum(y, 2), 1)

@@ -138,7 +138,7 @@ def decode_kernel(
     tl.store(p_after + o_s, S, m_s)
     tl.store(p_squares + (i_b * HV + i_hv) * PARTS + i_v, tl.sum(o * o))
     p_values += i_b * VALUE_DIM
-    write_activation(p_values, p_high, p_low, p_unit, o * gate, o_value, m_v, BLOCK_V, VALUES, PLANES)
+    write_activation(p_values, p_high, p_low, p_unit, o * gate, o_value, m_v, VALUE_DIM, BLOCK_V, VALUES, PLANES)
 
     # The first program of a key head moves the inputs of q and k on.
     p_after += conv_offset

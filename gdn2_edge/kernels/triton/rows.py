@@ -35,7 +35,7 @@ def embed_kernel(
     HARDWARE_FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x = the row of each token; VALUES or PLANES: also the first norm's input, and its sums of squares."""
+    """x = the row of each token; VALUES (a split) or PLANES: also the first norm's input, and its sums of squares."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = o < D
     gain = tl.load(p_gain + o, mask, 0.0)
@@ -48,7 +48,7 @@ def embed_kernel(
     tl.store(p_x + i_b * D + o, x, mask)
     if VALUES or PLANES:
         tl.store(p_squares + tl.program_id(0), tl.sum(x * x))
-        write_activation(p_values, p_high, p_low, p_unit, x * gain, o, mask, BLOCK, VALUES, PLANES)
+        write_activation(p_values, p_high, p_low, p_unit, x * gain, o, mask, D, BLOCK, VALUES, PLANES)
 
 
 @triton.jit

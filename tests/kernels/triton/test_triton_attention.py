@@ -89,7 +89,7 @@ class Run:
     def inputs(self) -> Tensor:
         return torch.randn(len(self.case.starts), self.case.width, generator=self.random)
 
-    def ours(self, qkv: Tensor) -> Tensor:
+    def ours(self, qkv: Tensor, split: int = 1) -> Tensor:
         case = self.case
         position = self.position.to(self.device)
         angles = torch.full((len(position), case.head_dim // 2, 2), float("nan"), device=self.device)
@@ -109,6 +109,7 @@ class Run:
             kv_heads=case.kv_heads,
             head_dim=case.head_dim,
             window=case.window,
+            split=split,
         )
         return out.cpu()
 
@@ -149,6 +150,12 @@ def test_again_gives_the_same_bits(device: torch.device) -> None:
         assert torch.equal(run.ours(qkv), first)
         assert torch.equal(run.base.view(torch.int32), rings.view(torch.int32))
         run.position += 1
+
+
+def test_the_order_of_values(device: torch.device) -> None:
+    run = Run(Case(window=20, groups=2, head_dim=16, splits=2, starts=(5,)), device)
+    qkv = run.inputs()
+    assert torch.equal(run.ours(qkv, split=4).view(4, -1).t().flatten(), run.ours(qkv)[0])
 
 
 def test_a_sequence_does_not_depend_on_its_batch(device: torch.device) -> None:

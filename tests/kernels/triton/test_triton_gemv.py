@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gdn2_edge.kernels.triton import gemv as gemv_module
 from gdn2_edge.kernels.triton.activation import Activation, Forms, make_activation
-from gdn2_edge.kernels.triton.gemv import CONFIGS, Config, gemv, gemv_config, num_programs
+from gdn2_edge.kernels.triton.gemv import CONFIGS, Config, gemv, gemv_config, num_programs, split_for
 from gdn2_edge.kernels.triton.launch import Gpu, gpu_of
-from gdn2_edge.weights import Int4, Weight
+from gdn2_edge.weights import Fp8, Int4, Weight
 
 # numpy's, in the interpreter: silu of -100 has an infinite exponential, and what is not finite is meant to go through.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
@@ -54,9 +54,9 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def empty_activation(channels: int, squares: tuple[int, ...], device: torch.device) -> Activation:
+def empty_activation(channels: int, squares: tuple[int, ...], device: torch.device, split: int = 1) -> Activation:
     """Buffers that nobody wrote: NaN, and codes that give themselves away."""
-    activation = make_activation(channels, squares, device)
+    activation = make_activation(channels, squares, device, split)
     for buffer in (activation.values, activation.unit, activation.squares):
         buffer.fill_(torch.nan)
     activation.high.fill_(99)
@@ -64,12 +64,14 @@ def empty_activation(channels: int, squares: tuple[int, ...], device: torch.devi
     return activation
 
 
-def make_input(x: Tensor, squares: Tensor, forms: Forms, device: torch.device) -> tuple[Activation, Tensor]:
+def make_input(
+    x: Tensor, squares: Tensor, forms: Forms, device: torch.device, split: int = 1
+) -> tuple[Activation, Tensor]:
     """An activation that has only these forms, and the values it stands for in fp64."""
-    activation = empty_activation(len(x), tuple(squares.shape), device)
+    activation = empty_activation(len(x), tuple(squares.shape), device, split)
     activation.squares.copy_(squares)
     if forms.values:
-        activation.values.copy_(x)
+        activation.values.copy_(x.view(-1, split).t().flatten())
         return activation, x.double()
     blocks = x.view(-1, BLOCK)
     unit = blocks.abs().amax(1, keepdim=True) / 32767
@@ -78,6 +80,11 @@ def make_input(x: Tensor, squares: Tensor, forms: Forms, device: torch.device) -
     activation.low.copy_((codes & 255).flatten())
     activation.unit.copy_(unit.flatten())
     return activation, (codes.double() * unit.double()).flatten()
+
+
+def values_of(x: Activation) -> Tensor:
+    """The values of an activation in the order of channels."""
+    return x.values.view(x.split, -1).t().flatten().cpu()
 
 
 def planes_of(x: Activation) -> Tensor:
@@ -90,7 +97,7 @@ def check_written(out: Activation, expected: Tensor, size: Tensor, forms: Forms)
     """Both forms hold `expected`, and a form that was not asked for holds what it held."""
     bound = NORM_TOLERANCE * size
     if forms.values:
-        assert ((out.values.cpu().double() - expected).abs() <= bound).all()
+        assert ((values_of(out).double() - expected).abs() <= bound).all()
     else:
         assert out.values.isnan().all()
     if forms.planes:
@@ -101,13 +108,23 @@ def check_written(out: Activation, expected: Tensor, size: Tensor, forms: Forms)
         assert (out.high == 99).all()
 
 
-def run(weight: Weight, norm: str, output: str, gpu: Gpu, device: torch.device, forms: Forms, parts: int = 3) -> None:
-    """One call with random input against fp64."""
+def run(
+    weight: Weight,
+    norm: str,
+    output: str,
+    gpu: Gpu,
+    device: torch.device,
+    forms: Forms,
+    parts: int = 3,
+    splits: tuple[int, int] | None = None,
+) -> None:
+    """One call with random input against fp64. splits: of the input and the output."""
+    split, out_split = splits or (split_for(weight), 4)
     rows, channels = weight.shape[0] // (2 if output == "glu" else 1), weight.shape[1]
     is_integer = weight.name.startswith("int")
     heads = HEADS[channels] if norm == "heads" else 1
     squares = normal(heads, parts).abs() * (channels / heads / parts) + 0.1
-    x, exact = make_input(normal(channels, seed=2), squares, Forms(not is_integer, is_integer), device)
+    x, exact = make_input(normal(channels, seed=2), squares, Forms(not is_integer, is_integer), device, split)
     if norm == "rms":
         exact = exact * torch.rsqrt(squares.double().sum() / channels + EPS)
     elif norm == "heads":
@@ -121,7 +138,7 @@ def run(weight: Weight, norm: str, output: str, gpu: Gpu, device: torch.device, 
     gain = normal(rows, seed=3)
     residual = normal(rows, seed=4)
     y = residual.to(device, copy=True) if output == "add" else torch.full((rows,), torch.nan, device=device)
-    out = None if output == "store" else empty_activation(rows, (num_programs(weight, output, gpu),), device)
+    out = None if output == "store" else empty_activation(rows, (num_programs(weight, output, gpu),), device, out_split)
     gemv(
         x, weight, norm=norm, eps=EPS, output=output, gpu=gpu, forms=forms, out=out,
         y=None if output == "glu" else y, gain=gain.to(device) if output == "add" else None,
@@ -195,6 +212,31 @@ def test_configurations_of_the_gpu(format: str, device: torch.device) -> None:
             (2312, 6144, "none", "add"),
         ):
             run(make_weight(format, rows, channels, device), norm, output, gpu, device, Forms(True, True))
+
+
+@pytest.mark.parametrize("splits", [(1, 1), (2, 4), (4, 2)])
+@pytest.mark.parametrize("format", ["fp32", "bf16", "fp8"])
+def test_values_in_another_order(format: str, splits: tuple[int, int], device: torch.device) -> None:
+    """Of matrices whose parts have different formats, one reads values that lie as the other likes them."""
+    for gpu in gpus(device):
+        weight = make_weight(format, 16, CHANNELS[format][0], device)
+        for norm in ("rms", "heads"):
+            run(weight, norm, "glu", gpu, device, Forms(True, False), splits=splits)
+
+
+def test_every_code_of_fp8(device: torch.device) -> None:
+    """Times values of one size each: subnormals are not flushed, nor is the largest value clipped."""
+    codes = torch.tensor([code for code in range(256) if code & 127 != 127], dtype=torch.uint8)
+    data = torch.zeros(len(codes), 64, dtype=torch.uint8)
+    place = torch.arange(len(codes)) % 64
+    data[torch.arange(len(codes)), place] = codes
+    weight = Fp8("fp8", data.view(torch.float8_e4m3fn).to(device), torch.ones(len(codes), 1, device=device))
+    x = torch.linspace(-20, 20, 64).exp2()
+    for gpu in gpus(device):
+        activation, _ = make_input(x, torch.ones(1, 1), Forms(True, False), device, split_for(weight))
+        y = torch.full((len(codes),), torch.nan, device=device)
+        gemv(activation, weight, norm="none", eps=EPS, output="store", gpu=gpu, y=y)
+        assert torch.equal(y.cpu(), codes.view(torch.float8_e4m3fn).float() * x[place])
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5])
@@ -290,7 +332,7 @@ def test_again_gives_the_same_bits(device: torch.device) -> None:
             out = empty_activation(80, (num_programs(weight, "add", gpu_of(device)),), device)
             y, gain = normal(80).to(device), normal(80, seed=5).to(device)
             gemv(x, weight, norm="rms", eps=EPS, output="add", gpu=gpu_of(device), y=y, gain=gain, out=out)
-            results.append([y, *vars(out).values()])
+            results.append([y, out.values, out.high, out.low, out.unit, out.squares])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
