@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdn2_edge.kernels.triton import attention, gemm, launch, recurrence, rows, sample
+from gdn2_edge.kernels.triton import attention, batch_recurrence, gemm, launch, recurrence, rows, sample
 from gdn2_edge.kernels.triton.activation import BOTH_FORMS, Activation, Forms, make_activation
 from gdn2_edge.kernels.triton.chunk import chunk_gated_delta_rule2
 from gdn2_edge.kernels.triton.expand import expand
@@ -35,6 +35,9 @@ EMBED_BLOCK = 128
 FEW_ROWS = 128
 # From so many tokens on the chunked form of the recurrence is taken.
 CHUNK_MIN_TOKENS = 64
+# The recurrence of many sequences: value channels of a program, which are fewer where there were too few programs, and
+# rows it takes at once, fewer than threads: the compiler then leaves the state where each thread has loaded it.
+MAX_BLOCK_V, MIN_STATE_PROGRAMS, STATE_ROWS = 64, 512, 64
 
 
 class TritonOps(TorchOps):
@@ -178,8 +181,8 @@ class DecodeStep:
         widest = max(layer.in_proj.shape[0] for layer in weights.layers)
         self.x = floats(batch, hidden)
         self.y = floats(batch * widest)
-        self.block_v = 16 if spec.head_v_dim % 16 == 0 else 8
-        parts = spec.head_v_dim // self.block_v
+        self.block_v = _block_v(spec, batch)
+        parts = cdiv(spec.head_v_dim, self.block_v)
         single = batch == 1
         self.inputs = [make_activation(hidden, (-(-hidden // EMBED_BLOCK),), device)]
         self.after_mixer, self.after_glu = [], []
@@ -188,7 +191,8 @@ class DecodeStep:
             self.after_glu.append(make_activation(ff, (1,), device))
             self.inputs.append(make_activation(hidden, (num_programs(layer.mlp.w3, "add", self.gpu),), device))
         self.mixed = make_activation(spec.value_dim * batch, (spec.num_v_heads * batch, parts), device)
-        self.mixer_vectors = floats(batch, spec.num_v_heads, parts, 4, next_power_of_2(spec.head_k_dim))
+        if single:
+            self.mixer_vectors = floats(spec.num_v_heads, parts, 4, next_power_of_2(spec.head_k_dim))
         if spec.kv_heads:
             q_dim, D = spec.q_heads * spec.attention_head_dim, spec.attention_head_dim
             self.attended = make_activation(q_dim * batch, (1, 1), device)
@@ -205,6 +209,10 @@ class DecodeStep:
         if not single:
             # fp32 rows where fp32 is asked for, and in the interpreter, which multiplies no bf16.
             half = torch.float32 if dtype == torch.float32 or device.type != "cuda" else torch.bfloat16
+            self.f, self.g = floats(batch, spec.key_dim), floats(batch, spec.value_dim)
+            self.mixer_keys = floats(batch, spec.num_v_heads, 4, spec.head_k_dim)
+            self.mixer_channels = floats(batch, spec.num_v_heads, 2, spec.head_v_dim)
+            self.mixer_products = floats(batch, spec.num_v_heads)
             self.h = floats(batch, hidden, dtype=half)
             self.h_mixed = floats(batch, max(spec.value_dim, spec.q_heads * spec.attention_head_dim), dtype=half)
             self.h_glu = floats(batch, ff, dtype=half)
@@ -263,7 +271,7 @@ class DecodeStep:
             attention.rotary_angles(self.position, self.spec.rope_base, self.angles, pdl=self.gpu.pdl)
 
     def _layer(self, i: int, layer: Layer) -> None:
-        weights, eps = self.weights, self.spec.norm_eps
+        weights = self.weights
         is_last = i + 1 == len(weights.layers)
         next_norm = weights.ln_f if is_last else weights.layers[i + 1].norm
         next_readers = weights.lm_head if is_last else weights.layers[i + 1].in_proj
@@ -285,23 +293,7 @@ class DecodeStep:
             return
         self._rms_rows(self.vectors[id(layer.norm)])
         self._product(self.h, layer.in_proj, self._y(layer))
-        mixed = self._mix(i, layer, Forms(True, False))
-        width = layer.o_proj.shape[1]
-        h_mixed = self.h_mixed.flatten()[: self.batch * width].view(self.batch, width)
-        heads = self.spec.num_v_heads if is_gdn2 else 1
-        self._run(
-            rows.head_rows_kernel,
-            (heads, self.batch),
-            mixed.values,
-            mixed.squares,
-            h_mixed,
-            eps,
-            HEADS=heads,
-            HEAD=width // heads,
-            HEAD_2=next_power_of_2(width // heads),
-            PARTS=mixed.squares.shape[1],
-            NORM=is_gdn2,
-        )
+        h_mixed = self._mix_rows(i, layer)
         self._product(h_mixed, layer.o_proj, self.x, residual=self.x)
         self._rms_rows(mlp_norm)
         self._product(self.h, layer.mlp.w12, self.glu)
@@ -310,27 +302,10 @@ class DecodeStep:
         self._product(self.h_glu, layer.mlp.w3, self.x, residual=self.x)
 
     def _mix(self, i: int, layer: Layer, forms: Forms) -> Activation:
-        """What stands between the two projections of a mixer."""
+        """What stands between the two projections of a mixer, for one sequence."""
         spec, places = self.spec, self.layout.offsets[i]
         if isinstance(layer, AttentionLayer):
-            attention.window_decode(
-                self._y(layer),
-                self.position,
-                self.angles,
-                self.base,
-                self.ring,
-                places["ring_k"],
-                places["ring_v"],
-                self.attended.values.view(self.batch, -1),
-                self.attention_scratch,
-                q_heads=spec.q_heads,
-                kv_heads=spec.kv_heads,
-                head_dim=spec.attention_head_dim,
-                window=spec.window,
-                planes=self.attended if forms.planes else None,
-                pdl=self.gpu.pdl,
-            )
-            return self.attended
+            return self._attend(i, layer, forms)
         f_format, f, f_scale, f_group = stored(layer.f_proj)
         g_format, g, g_scale, g_group = stored(layer.g_proj)
         out, rank = self.mixed, spec.head_v_dim
@@ -382,6 +357,110 @@ class DecodeStep:
         )
         return out
 
+    def _attend(self, i: int, layer: Layer, forms: Forms) -> Activation:
+        """Window attention between its two projections, for one sequence or many."""
+        spec, places = self.spec, self.layout.offsets[i]
+        attention.window_decode(
+            self._y(layer),
+            self.position,
+            self.angles,
+            self.base,
+            self.ring,
+            places["ring_k"],
+            places["ring_v"],
+            self.attended.values.view(self.batch, -1),
+            self.attention_scratch,
+            q_heads=spec.q_heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.attention_head_dim,
+            window=spec.window,
+            planes=self.attended if forms.planes else None,
+            pdl=self.gpu.pdl,
+        )
+        return self.attended
+
+    def _mix_rows(self, i: int, layer: Layer) -> Tensor:
+        """The same for many sequences: rows [B, inputs of o_proj]."""
+        spec, places, width = self.spec, self.layout.offsets[i], layer.o_proj.shape[1]
+        rows_out = self.h_mixed.flatten()[: self.batch * width].view(self.batch, width)
+        if isinstance(layer, AttentionLayer):
+            self._head_rows(self._attend(i, layer, Forms(True, False)), rows_out, heads=1, norm=False)
+            return rows_out
+        y, heads, K, V = self._y(layer), spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
+        ranks = 2 * (spec.key_dim + spec.value_dim) + spec.key_dim
+        self._product(y[:, ranks : ranks + V], layer.f_proj, self.f)
+        self._product(y[:, ranks + V :], layer.g_proj, self.g)
+        self._run(
+            batch_recurrence.vectors_kernel,
+            (heads, self.batch),
+            y,
+            self.base,
+            self.source,
+            self.target,
+            places["conv"],
+            self.vectors[id(layer.conv)],
+            self.f,
+            self.g,
+            self.vectors[id(layer.g_bias)],
+            self.vectors[id(layer.A_log)],
+            self.vectors[id(layer.dt_bias)],
+            self.vectors[id(layer.o_norm)],
+            self.mixer_keys,
+            self.mixer_channels,
+            self.mixer_products,
+            y.shape[1],
+            K**-0.5,
+            spec.erase_scale,
+            H=spec.num_heads,
+            HV=heads,
+            K=K,
+            V=V,
+            CONV=spec.conv_size,
+            K_2=next_power_of_2(K),
+            V_2=next_power_of_2(V),
+            GATE=spec.output_gate,
+        )
+        is_whole = self.block_v >= V
+        self._run(
+            batch_recurrence.state_kernel,
+            (cdiv(V, self.block_v), heads, self.batch),
+            self.base,
+            self.source,
+            self.target,
+            places["S"],
+            self.mixer_keys,
+            self.mixer_channels,
+            self.mixer_products,
+            rows_out if is_whole else self.mixed.values,
+            self.mixed.squares,
+            spec.norm_eps,
+            HV=heads,
+            K=K,
+            V=V,
+            K_2=next_power_of_2(K),
+            BLOCK_K=min(STATE_ROWS, next_power_of_2(K)),
+            BLOCK_V=self.block_v,
+        )
+        if not is_whole:
+            self._head_rows(self.mixed, rows_out, heads, norm=True)
+        return rows_out
+
+    def _head_rows(self, mixed: Activation, out: Tensor, heads: int, norm: bool) -> None:
+        head = out.shape[1] // heads
+        self._run(
+            rows.head_rows_kernel,
+            (heads, self.batch),
+            mixed.values,
+            mixed.squares,
+            out,
+            self.spec.norm_eps,
+            HEADS=heads,
+            HEAD=head,
+            HEAD_2=next_power_of_2(head),
+            PARTS=mixed.squares.shape[1],
+            NORM=norm,
+        )
+
     def _y(self, layer: Layer) -> Tensor:
         """Results of a layer's in_proj, [B, rows]."""
         rows = layer.in_proj.shape[0]
@@ -419,6 +498,16 @@ class DecodeStep:
 
     def _run(self, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any) -> None:
         kernel[grid](*args, **constants, PDL=self.gpu.pdl, num_warps=num_warps, **pdl_options(self.gpu.pdl))
+
+
+def _block_v(spec: ModelSpec, batch: int) -> int:
+    """Value channels of a program of the recurrence."""
+    if batch == 1:
+        return 16 if spec.head_v_dim % 16 == 0 else 8
+    block: int = min(MAX_BLOCK_V, next_power_of_2(spec.head_v_dim))
+    while block > 8 and batch * spec.num_v_heads * cdiv(spec.head_v_dim, block) < MIN_STATE_PROGRAMS:
+        block //= 2
+    return block
 
 
 def _small(weights: ModelWeights) -> list[Weight]:
