@@ -43,7 +43,7 @@ SPLIT_X_TILE = Tile(64, 32, 4, 3)  # x and its three bf16 parts lie in shared me
 IEEE_BLOCK_M, IEEE_TILE = 16, Tile(32, 16, 4, 2)  # fp32 by fp32, without tensor cores
 AMD_MAX_BLOCK_M, AMD_TILE = 64, Tile(64, 64, 8, 2)  # 64 KB of shared memory, and no spilled registers
 
-# K is cut in 1, 2, 4 or 8 parts: while there are not more programs than this, about one for each SM of a large GPU,
+# K is cut in up to MAX_SPLITS parts: while there are not more programs than this, about one for each SM of a large GPU,
 # and each part has MIN_STEPS of BLOCK_K.
 MAX_PROGRAMS = 160
 MAX_SPLITS = 8
@@ -66,6 +66,11 @@ def product_scratch(device: torch.device) -> Scratch:
         torch.empty(MAX_PROGRAMS * largest, dtype=torch.float32, device=device),
         torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device),
     )
+
+
+def splits_of(tiles: int, steps: int) -> int:
+    """In how many parts K is cut, for so many tiles of the output and steps of BLOCK_K."""
+    return max(1, min(MAX_SPLITS, MAX_PROGRAMS // tiles, steps // MIN_STEPS))
 
 
 @triton.jit
@@ -265,10 +270,7 @@ def product(
     block_m = min(largest, max(16, triton.next_power_of_2(M)))
     tile = IEEE_TILE if ieee else AMD_TILE if is_amd else SPLIT_X_TILE if splits_x else TILES[format][block_m]
     grid = (triton.cdiv(M, block_m), triton.cdiv(N, tile.block_n))
-    splits = 1
-    if scratch is not None:
-        most = min(MAX_SPLITS, MAX_PROGRAMS // (grid[0] * grid[1]), triton.cdiv(K, tile.block_k) // MIN_STEPS)
-        splits = 1 << max(0, most.bit_length() - 1)
+    splits = 1 if scratch is None else splits_of(grid[0] * grid[1], triton.cdiv(K, tile.block_k))
     k_unit = next(unit for unit in (32, 16, 8) if K % unit == 0)
     product_kernel[(*grid, splits)](
         x,
