@@ -218,6 +218,11 @@ class DecodeStep:
             self.h_glu = floats(batch, ff, dtype=half)
             self.glu = floats(batch, 2 * ff)
             self.product_scratch = gemm.product_scratch(device)
+            # Of what h holds from the embedding on: a norm before each mixer, each MLP and the head.
+            parts = [cdiv(hidden, EMBED_BLOCK)]
+            for layer in weights.layers:
+                parts += [gemm.num_tiles(self.h, layer.o_proj), gemm.num_tiles(self.h, layer.mlp.w3)]
+            self.norms = [gemm.Norm(floats(batch, n), spec.norm_eps) for n in parts]
         self.vectors = {id(w): w.rows(slice(None)) for w in _small(weights)}
 
     def launch(self, choose: bool) -> None:
@@ -225,12 +230,10 @@ class DecodeStep:
         self._embed()
         for i, layer in enumerate(self.weights.layers):
             self._layer(i, layer)
-        ln_f = self.vectors[id(self.weights.ln_f)]
         if self.batch == 1:
             self._gemv(self.inputs[-1], self.weights.lm_head, "rms", "store", y=self.logits[0])
         else:
-            self._rms_rows(ln_f)
-            self._product(self.h, self.weights.lm_head, self.logits)
+            self._product(self.h, self.weights.lm_head, self.logits, norm=self.norms[-1])
         block = next_power_of_2(self.batch)
         self._run(
             rows.advance_kernel, (1,), self.position, self.source, self.target, self.spare, self.batch, BLOCK=block
@@ -241,10 +244,10 @@ class DecodeStep:
 
     def _embed(self) -> None:
         """The residual stream of each sequence's token."""
-        weight, out = self.weights.embed, self.inputs[0]
+        weight, out, is_single = self.weights.embed, self.inputs[0], self.batch == 1
         format, codes, scale, group = stored(weight)
         first = self.weights.layers[0]
-        forms = _forms(first.in_proj) if self.batch == 1 else Forms(False, False)
+        forms = _forms(first.in_proj) if is_single else Forms(True, False)
         hidden = self.spec.hidden_size
         # The only kernel that waits for the step before to be over: what others read early is then complete.
         rows.embed_kernel[(cdiv(hidden, EMBED_BLOCK), self.batch)](
@@ -253,11 +256,11 @@ class DecodeStep:
             scale,
             self.vectors[id(first.norm)],
             self.x,
-            out.values,
+            out.values if is_single else self.h,
             out.high,
             out.low,
             out.unit,
-            out.squares,
+            out.squares if is_single else self.norms[0].squares,
             D=hidden,
             BLOCK=EMBED_BLOCK,
             FORMAT=format,
@@ -291,15 +294,16 @@ class DecodeStep:
                 y=x, gain=next_norm_values, out=self.inputs[i + 1], forms=_forms(next_readers),
             )  # fmt: skip
             return
-        self._rms_rows(self.vectors[id(layer.norm)])
-        self._product(self.h, layer.in_proj, self._y(layer))
+        before, between, after = self.norms[2 * i : 2 * i + 3]
+        self._product(self.h, layer.in_proj, self._y(layer), norm=before)
         h_mixed = self._mix_rows(i, layer)
-        self._product(h_mixed, layer.o_proj, self.x, residual=self.x)
-        self._rms_rows(mlp_norm)
-        self._product(self.h, layer.mlp.w12, self.glu)
+        then = gemm.Next(mlp_norm, self.h, between.squares)
+        self._product(h_mixed, layer.o_proj, self.x, residual=self.x, then=then)
+        self._product(self.h, layer.mlp.w12, self.glu, norm=between)
         ff = self.spec.intermediate_size
         self._run(rows.glu_rows_kernel, (cdiv(ff, 512), self.batch), self.glu, self.h_glu, F=ff, BLOCK=512)
-        self._product(self.h_glu, layer.mlp.w3, self.x, residual=self.x)
+        then = gemm.Next(next_norm_values, self.h, after.squares)
+        self._product(self.h_glu, layer.mlp.w3, self.x, residual=self.x, then=then)
 
     def _mix(self, i: int, layer: Layer, forms: Forms) -> Activation:
         """What stands between the two projections of a mixer, for one sequence."""
@@ -488,13 +492,17 @@ class DecodeStep:
             )  # fmt: skip
             start += sum(part.shape[0] for part in pair)
 
-    def _product(self, x: Tensor, weight: Weight, out: Tensor, residual: Tensor | None = None) -> None:
-        gemm.product(x, weight, out, residual=residual, scratch=self.product_scratch, pdl=self.gpu.pdl)
-
-    def _rms_rows(self, gain: Tensor) -> None:
-        D = self.spec.hidden_size
-        D_2 = next_power_of_2(D)
-        self._run(rows.rms_rows_kernel, (self.batch,), self.x, gain, self.h, self.spec.norm_eps, D=D, D_2=D_2)
+    def _product(
+        self,
+        x: Tensor,
+        weight: Weight,
+        out: Tensor,
+        residual: Tensor | None = None,
+        norm: gemm.Norm | None = None,
+        then: gemm.Next | None = None,
+    ) -> None:
+        scratch, pdl = self.product_scratch, self.gpu.pdl
+        gemm.product(x, weight, out, residual=residual, norm=norm, then=then, scratch=scratch, pdl=pdl)
 
     def _run(self, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any) -> None:
         kernel[grid](*args, **constants, PDL=self.gpu.pdl, num_warps=num_warps, **pdl_options(self.gpu.pdl))
