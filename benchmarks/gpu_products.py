@@ -4,19 +4,22 @@
 
 The shapes are those of one step of the 1.3B model. Correctness first: every format and number of rows against fp64.
 Then each product is launched over so many copies of its weight that none is left in the L2, in one CUDA graph. The last
-column is a step's products together: 18 layers and the head. --tune times other tiles than those of `gemm.TILES`.
+column is a step's products together: 18 layers and the head. --tune times other tiles than those of `gemm.TILES`, which
+are compiled by all cores first.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import torch
 from record import append, summary
-from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from gdn2_edge.bench.machine import read_rate
@@ -30,6 +33,7 @@ LAYERS = 18
 FORMATS = ("bf16", "int8", "fp8", "int4")  # int4 in groups of 64, as the recipes make it
 COPIES_BYTES = 256 << 20  # several times the largest L2
 LAUNCHES, REPLAYS = 20, 15
+TUNED_PROGRAMS = (160, 280)
 TOLERANCE = 1e-4  # of sum |x w|: cuts of fp32 sums of up to 6208 terms in tensor cores
 
 
@@ -106,20 +110,30 @@ def measure(format: str, rows: int, scratch: Scratch, pdl: bool) -> tuple[list[f
     """Seconds and bytes of the weight, of one product with each shape."""
     times, sizes = [], []
     for N, K in (*SHAPES.values(), HEAD):
-        first = make(format, N, K)
-        copies = max(LAUNCHES, COPIES_BYTES // num_bytes(first))
-        weights = [first, *(make(format, N, K) for _ in range(copies - 1))]
-        x = torch.randn(rows, K, dtype=torch.bfloat16, device="cuda")
-        out = torch.empty(rows, N, device="cuda")
-
-        def run(x: Tensor = x, weights: list[Weight] = weights, out: Tensor = out) -> None:
-            for weight in weights:
-                product(x, weight, out, scratch=scratch, pdl=pdl)
-
-        times.append(graph_seconds(run) / copies)
-        sizes.append(num_bytes(first))
-        del weights, run
+        weights = copies_of(format, N, K)
+        times.append(time_products(weights, rows, scratch, pdl))
+        sizes.append(num_bytes(weights[0]))
+        del weights
     return times, sizes
+
+
+def copies_of(format: str, N: int, K: int) -> list[Weight]:
+    """So many weights that the first has left the L2 when the last was read."""
+    first = make(format, N, K)
+    return [first, *(make(format, N, K) for _ in range(max(LAUNCHES, COPIES_BYTES // num_bytes(first)) - 1))]
+
+
+def time_products(weights: list[Weight], rows: int, scratch: Scratch, pdl: bool) -> float:
+    """Seconds of a product with one of the weights, when all of them follow each other."""
+    N, K = weights[0].shape
+    x = torch.randn(rows, K, dtype=torch.bfloat16, device="cuda")
+    out = torch.empty(rows, N, device="cuda")
+
+    def run() -> None:
+        for weight in weights:
+            product(x, weight, out, scratch=scratch, pdl=pdl)
+
+    return graph_seconds(run) / len(weights)
 
 
 def step_sum(parts: list[float] | list[int]) -> float:
@@ -150,30 +164,67 @@ def graph_seconds(run: Callable[[], None]) -> float:
 
 
 def candidates(format: str, block_m: int) -> Iterator[tuple[Tile, int]]:
-    """Tiles with as many stages as 96 KB hold, and the number of programs up to which K is split."""
-    for block_n, block_k, programs in itertools.product((32, 64, 128, 256), (64, 128, 256), (1, 160, 320)):
+    """Tiles with as many stages as 96 KB hold, up to 6, and the number of programs up to which K is split."""
+    shapes = [(64, 64, 4), (64, 128, 4), (128, 128, 8)] if block_m <= 32 else [(128, 128, 8), (256, 64, 8)]
+    for (block_n, block_k, num_warps), programs in itertools.product(
+        [*shapes, (128, 64, 4), (128, 64, 8)], TUNED_PROGRAMS
+    ):
         weight_bytes = block_n * block_k * {"bf16": 16, "int4": 4}.get(format, 8) // 8
-        stages = min(8, (96 << 10) // (weight_bytes + 2 * block_m * block_k))
-        if stages >= 3 and (block_n > 32 or block_m == 16) and (block_n < 256 or block_m > 16):
-            yield Tile(block_n, block_k, 4 if block_n <= 64 else 8, stages), programs
+        stages = min(6, (96 << 10) // (weight_bytes + 2 * block_m * block_k))
+        if stages >= 3:
+            yield Tile(block_n, block_k, num_warps, stages), programs
+
+
+def tuning_scratch() -> Scratch:
+    """For as many programs as candidates have."""
+    most = max(TUNED_PROGRAMS)
+    return Scratch(torch.empty(most * 256 * 128, device="cuda"), torch.zeros(most, dtype=torch.int32, device="cuda"))
+
+
+def try_tile(candidate: tuple[str, int, Tile, int], weights: list[list[Weight]], pdl: bool) -> list[float] | None:
+    """Seconds of one product with each list of weights, or None where there is not enough shared memory."""
+    format, rows, tile, programs = candidate
+    gemm.TILES[format][block_m_of(rows)], gemm.MAX_PROGRAMS = tile, programs
+    scratch = tuning_scratch()
+    try:
+        return [time_products(copies, rows, scratch, pdl) for copies in weights]
+    except OutOfResources:
+        return None
+
+
+def compile_tiles(candidates: list[tuple[str, int, Tile, int]], pdl: bool) -> None:
+    """In a process of its own: leaves what it compiles in triton's cache on the disk."""
+    for candidate in candidates:
+        try_tile(candidate, [[make(candidate[0], N, K)] for N, K in (*SHAPES.values(), HEAD)], pdl)
+
+
+def block_m_of(rows: int) -> int:
+    """The rows of x of a program."""
+    return min(gemm.MAX_BLOCK_M, max(16, 1 << (rows - 1).bit_length()))
 
 
 def tune(formats: list[str], all_rows: list[int], pdl: bool) -> None:
-    """Print what a step's products take with other tiles, the best ten for each format and number of rows."""
-    scratch = Scratch(torch.empty(320 * 256 * 128, device="cuda"), torch.zeros(320, dtype=torch.int32, device="cuda"))
-    for format, rows in itertools.product(formats, all_rows):
-        block_m = min(gemm.MAX_BLOCK_M, max(16, 1 << (rows - 1).bit_length()))
-        found = []
-        for tile, programs in candidates(format, block_m):
-            gemm.TILES[format][block_m], gemm.MAX_PROGRAMS = tile, programs
-            try:
-                times, _ = measure(format, rows, scratch, pdl)
-            except OutOfResources:
-                continue
-            found.append((step_sum(times), tile, programs, times))
-        print(f"{format} M={rows}: step in ms, tile, programs, microseconds of each shape")
-        for step, tile, programs, times in sorted(found)[:10]:
-            print(f"  {step * 1e3:.3f}", tuple(tile), programs, *(f"{t * 1e6:.1f}" for t in times), flush=True)
+    """Print what a step's products take with other tiles, the best five for each format and number of rows."""
+    work = [
+        (format, rows, tile, programs)
+        for format, rows in itertools.product(formats, all_rows)
+        for tile, programs in candidates(format, block_m_of(rows))
+    ]
+    jobs = max(1, (os.cpu_count() or 2) - 1)
+    by_compilation = {(format, block_m_of(rows), *rest): (format, rows, *rest) for format, rows, *rest in work}
+    distinct = list(by_compilation.values())
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for future in [pool.submit(compile_tiles, distinct[i::jobs], pdl) for i in range(jobs)]:
+            future.result()
+    for format in formats:
+        weights = [copies_of(format, N, K) for N, K in (*SHAPES.values(), HEAD)]
+        for rows in all_rows:
+            timed = [(times, c) for c in work if c[:2] == (format, rows) and (times := try_tile(c, weights, pdl))]
+            found = sorted((step_sum(times), tile, programs, times) for times, (_, _, tile, programs) in timed)
+            print(f"{format} M={rows}: step in ms, tile, programs, microseconds of each shape")
+            for step, tile, programs, times in found[:5]:
+                print(f"  {step * 1e3:.3f}", tuple(tile), programs, *(f"{t * 1e6:.1f}" for t in times), flush=True)
+        del weights
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn2_edge.kernels.triton import attention, gemm, launch, recurrence, rows, sample
+from gdn2_edge.kernels.triton import attention, batch_recurrence, gemm, launch, recurrence, rows, sample
 from gdn2_edge.kernels.triton.activation import BOTH_FORMS, Activation, Forms, make_activation
 from gdn2_edge.kernels.triton.gemv import gemv, num_programs, split_for
 from gdn2_edge.kernels.triton.launch import Gpu, cdiv, gpu_of, next_power_of_2, pdl_options
@@ -26,6 +26,9 @@ from gdn2_edge.weights import Int4, Int8, Joined, Weight
 
 OFFSET_FLOATS: int = launch.OFFSET_FLOATS.value
 EMBED_BLOCK = 128
+# The recurrence of many sequences: value channels of a program, which are fewer where there were too few programs, and
+# rows it takes at once, fewer than threads: the compiler then leaves the state where each thread has loaded it.
+MAX_BLOCK_V, MIN_STATE_PROGRAMS, STATE_ROWS = 64, 512, 64
 
 
 @dataclass(frozen=True)
@@ -144,8 +147,8 @@ class DecodeStep:
         widest = max(layer.in_proj.shape[0] for layer in weights.layers)
         self.x = floats(batch, hidden)
         self.y = floats(batch * widest)
-        self.block_v = 16 if spec.head_v_dim % 16 == 0 else 8
-        parts = spec.head_v_dim // self.block_v
+        self.block_v = _block_v(spec, batch)
+        parts = cdiv(spec.head_v_dim, self.block_v)
         single = batch == 1
         readers = [*(layer.in_proj for layer in weights.layers), weights.lm_head]
         self.inputs = [make_activation(hidden, (-(-hidden // EMBED_BLOCK),), device, split_for(*_parts(readers[0])))]
@@ -156,7 +159,8 @@ class DecodeStep:
             self.after_glu.append(make_activation(ff, (1,), device, split_for(*_parts(layer.mlp.w3))))
             self.inputs.append(make_activation(hidden, (adders,), device, split_for(*_parts(reader))))
         self.mixed = make_activation(spec.value_dim * batch, (spec.num_v_heads * batch, parts), device)
-        self.mixer_vectors = floats(batch, spec.num_v_heads, parts, 4, next_power_of_2(spec.head_k_dim))
+        if single:
+            self.mixer_vectors = floats(spec.num_v_heads, parts, 4, next_power_of_2(spec.head_k_dim))
         if spec.kv_heads:
             q_dim, D = spec.q_heads * spec.attention_head_dim, spec.attention_head_dim
             self.attended = make_activation(q_dim * batch, (1, 1), device)
@@ -173,11 +177,20 @@ class DecodeStep:
         if not single:
             # fp32 rows where fp32 is asked for, and in the interpreter, which multiplies no bf16.
             half = torch.float32 if dtype == torch.float32 or device.type != "cuda" else torch.bfloat16
+            self.f, self.g = floats(batch, spec.key_dim), floats(batch, spec.value_dim)
+            self.mixer_keys = floats(batch, spec.num_v_heads, 4, spec.head_k_dim)
+            self.mixer_channels = floats(batch, spec.num_v_heads, 2, spec.head_v_dim)
+            self.mixer_products = floats(batch, spec.num_v_heads)
             self.h = floats(batch, hidden, dtype=half)
             self.h_mixed = floats(batch, max(spec.value_dim, spec.q_heads * spec.attention_head_dim), dtype=half)
             self.h_glu = floats(batch, ff, dtype=half)
             self.glu = floats(batch, 2 * ff)
             self.product_scratch = gemm.product_scratch(device)
+            # Of what h holds from the embedding on: a norm before each mixer, each MLP and the head.
+            parts = [cdiv(hidden, EMBED_BLOCK)]
+            for layer in weights.layers:
+                parts += [gemm.num_tiles(self.h, layer.o_proj), gemm.num_tiles(self.h, layer.mlp.w3)]
+            self.norms = [gemm.Norm(floats(batch, n), spec.norm_eps) for n in parts]
         self.vectors = {id(w): w.rows(slice(None)) for w in _small(weights)}
 
     def launch(self, choose: bool) -> None:
@@ -185,12 +198,10 @@ class DecodeStep:
         self._embed()
         for i, layer in enumerate(self.weights.layers):
             self._layer(i, layer)
-        ln_f = self.vectors[id(self.weights.ln_f)]
         if self.batch == 1:
             self._gemv(self.inputs[-1], self.weights.lm_head, "rms", "store", y=self.logits[0])
         else:
-            self._rms_rows(ln_f)
-            self._product(self.h, self.weights.lm_head, self.logits)
+            self._product(self.h, self.weights.lm_head, self.logits, norm=self.norms[-1])
         block = next_power_of_2(self.batch)
         self._run(
             rows.advance_kernel, (1,), self.position, self.source, self.target, self.spare, self.batch, BLOCK=block
@@ -201,10 +212,11 @@ class DecodeStep:
 
     def _embed(self) -> None:
         """The residual stream of each sequence's token."""
-        weight, out = self.weights.embed, self.inputs[0]
+        weight, out, is_single = self.weights.embed, self.inputs[0], self.batch == 1
         format, codes, scale, group = stored(weight)
         first = self.weights.layers[0]
-        forms = _forms(first.in_proj) if self.batch == 1 else Forms(False, False)
+        forms = _forms(first.in_proj) if is_single else Forms(True, False)
+        split = out.split if is_single else 1
         hidden = self.spec.hidden_size
         # The only kernel that waits for the step before to be over: what others read early is then complete.
         rows.embed_kernel[(cdiv(hidden, EMBED_BLOCK), self.batch)](
@@ -213,16 +225,16 @@ class DecodeStep:
             scale,
             self.vectors[id(first.norm)],
             self.x,
-            out.values,
+            out.values if is_single else self.h,
             out.high,
             out.low,
             out.unit,
-            out.squares,
+            out.squares if is_single else self.norms[0].squares,
             D=hidden,
             BLOCK=EMBED_BLOCK,
             FORMAT=format,
             GROUP=group,
-            VALUES=out.split if forms.values else 0,
+            VALUES=split if forms.values else 0,
             PLANES=forms.planes,
             HARDWARE_FP8=self.gpu.hardware_fp8,
             PDL=False,
@@ -231,7 +243,7 @@ class DecodeStep:
             attention.rotary_angles(self.position, self.spec.rope_base, self.angles, pdl=self.gpu.pdl)
 
     def _layer(self, i: int, layer: Layer) -> None:
-        weights, eps = self.weights, self.spec.norm_eps
+        weights = self.weights
         is_last = i + 1 == len(weights.layers)
         next_norm = weights.ln_f if is_last else weights.layers[i + 1].norm
         next_readers = weights.lm_head if is_last else weights.layers[i + 1].in_proj
@@ -251,56 +263,23 @@ class DecodeStep:
                 y=x, gain=next_norm_values, out=self.inputs[i + 1], forms=_forms(next_readers),
             )  # fmt: skip
             return
-        self._rms_rows(self.vectors[id(layer.norm)])
-        self._product(self.h, layer.in_proj, self._y(layer))
-        mixed = self._mix(i, layer, Forms(True, False))
-        width = layer.o_proj.shape[1]
-        h_mixed = self.h_mixed.flatten()[: self.batch * width].view(self.batch, width)
-        heads = self.spec.num_v_heads if is_gdn2 else 1
-        self._run(
-            rows.head_rows_kernel,
-            (heads, self.batch),
-            mixed.values,
-            mixed.squares,
-            h_mixed,
-            eps,
-            HEADS=heads,
-            HEAD=width // heads,
-            HEAD_2=next_power_of_2(width // heads),
-            PARTS=mixed.squares.shape[1],
-            NORM=is_gdn2,
-        )
-        self._product(h_mixed, layer.o_proj, self.x, residual=self.x)
-        self._rms_rows(mlp_norm)
-        self._product(self.h, layer.mlp.w12, self.glu)
+        before, between, after = self.norms[2 * i : 2 * i + 3]
+        self._product(self.h, layer.in_proj, self._y(layer), norm=before)
+        h_mixed = self._mix_rows(i, layer)
+        then = gemm.Next(mlp_norm, self.h, between.squares)
+        self._product(h_mixed, layer.o_proj, self.x, residual=self.x, then=then)
+        self._product(self.h, layer.mlp.w12, self.glu, norm=between)
         ff = self.spec.intermediate_size
         self._run(rows.glu_rows_kernel, (self.batch, cdiv(ff, 512)), self.glu, self.h_glu, F=ff, BLOCK=512)
-        self._product(self.h_glu, layer.mlp.w3, self.x, residual=self.x)
+        then = gemm.Next(next_norm_values, self.h, after.squares)
+        self._product(self.h_glu, layer.mlp.w3, self.x, residual=self.x, then=then)
 
     def _mix(self, i: int, layer: Layer, forms: Forms) -> Activation:
-        """What stands between the two projections of a mixer."""
+        """What stands between the two projections of a mixer, for one sequence."""
         spec, places = self.spec, self.layout.offsets[i]
-        split = split_for(*_parts(layer.o_proj)) if self.batch == 1 else 1
+        split = split_for(*_parts(layer.o_proj))
         if isinstance(layer, AttentionLayer):
-            attention.window_decode(
-                self._y(layer),
-                self.position,
-                self.angles,
-                self.base,
-                self.ring,
-                places["ring_k"],
-                places["ring_v"],
-                self.attended.values.view(self.batch, -1),
-                self.attention_scratch,
-                q_heads=spec.q_heads,
-                kv_heads=spec.kv_heads,
-                head_dim=spec.attention_head_dim,
-                window=spec.window,
-                split=split,
-                planes=self.attended if forms.planes else None,
-                pdl=self.gpu.pdl,
-            )
-            return replace(self.attended, split=split)
+            return self._attend(i, layer, forms, split)
         f_format, f, f_scale, f_group = stored(layer.f_proj)
         g_format, g, g_scale, g_group = stored(layer.g_proj)
         out, rank = replace(self.mixed, split=split), spec.head_v_dim
@@ -352,6 +331,111 @@ class DecodeStep:
         )
         return out
 
+    def _attend(self, i: int, layer: AttentionLayer, forms: Forms, split: int) -> Activation:
+        """Window attention between its two projections, for one sequence or many."""
+        spec, places = self.spec, self.layout.offsets[i]
+        attention.window_decode(
+            self._y(layer),
+            self.position,
+            self.angles,
+            self.base,
+            self.ring,
+            places["ring_k"],
+            places["ring_v"],
+            self.attended.values.view(self.batch, -1),
+            self.attention_scratch,
+            q_heads=spec.q_heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.attention_head_dim,
+            window=spec.window,
+            split=split,
+            planes=self.attended if forms.planes else None,
+            pdl=self.gpu.pdl,
+        )
+        return replace(self.attended, split=split)
+
+    def _mix_rows(self, i: int, layer: Layer) -> Tensor:
+        """The same for many sequences: rows [B, inputs of o_proj]."""
+        spec, places, width = self.spec, self.layout.offsets[i], layer.o_proj.shape[1]
+        rows_out = self.h_mixed.flatten()[: self.batch * width].view(self.batch, width)
+        if isinstance(layer, AttentionLayer):
+            self._head_rows(self._attend(i, layer, Forms(True, False), split=1), rows_out, heads=1, norm=False)
+            return rows_out
+        y, heads, K, V = self._y(layer), spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
+        ranks = 2 * (spec.key_dim + spec.value_dim) + spec.key_dim
+        self._product(y[:, ranks : ranks + V], layer.f_proj, self.f)
+        self._product(y[:, ranks + V :], layer.g_proj, self.g)
+        self._run(
+            batch_recurrence.vectors_kernel,
+            (heads, self.batch),
+            y,
+            self.base,
+            self.source,
+            self.target,
+            places["conv"],
+            self.vectors[id(layer.conv)],
+            self.f,
+            self.g,
+            self.vectors[id(layer.g_bias)],
+            self.vectors[id(layer.A_log)],
+            self.vectors[id(layer.dt_bias)],
+            self.vectors[id(layer.o_norm)],
+            self.mixer_keys,
+            self.mixer_channels,
+            self.mixer_products,
+            y.shape[1],
+            K**-0.5,
+            spec.erase_scale,
+            H=spec.num_heads,
+            HV=heads,
+            K=K,
+            V=V,
+            CONV=spec.conv_size,
+            K_2=next_power_of_2(K),
+            V_2=next_power_of_2(V),
+            GATE=spec.output_gate,
+        )
+        is_whole = self.block_v >= V
+        self._run(
+            batch_recurrence.state_kernel,
+            (cdiv(V, self.block_v), heads, self.batch),
+            self.base,
+            self.source,
+            self.target,
+            places["S"],
+            self.mixer_keys,
+            self.mixer_channels,
+            self.mixer_products,
+            rows_out if is_whole else self.mixed.values,
+            self.mixed.squares,
+            spec.norm_eps,
+            HV=heads,
+            K=K,
+            V=V,
+            K_2=next_power_of_2(K),
+            BLOCK_K=min(STATE_ROWS, next_power_of_2(K)),
+            BLOCK_V=self.block_v,
+        )
+        if not is_whole:
+            self._head_rows(self.mixed, rows_out, heads, norm=True)
+        return rows_out
+
+    def _head_rows(self, mixed: Activation, out: Tensor, heads: int, norm: bool) -> None:
+        head = out.shape[1] // heads
+        self._run(
+            rows.head_rows_kernel,
+            (heads, self.batch),
+            mixed.values,
+            mixed.squares,
+            out,
+            self.spec.norm_eps,
+            HEADS=heads,
+            HEAD=head,
+            HEAD_2=next_power_of_2(head),
+            PARTS=mixed.squares.shape[1],
+            NORM=norm,
+        )
+
     def _y(self, layer: Layer) -> Tensor:
         """Results of a layer's in_proj, [B, rows]."""
         rows = layer.in_proj.shape[0]
@@ -379,16 +463,30 @@ class DecodeStep:
             )  # fmt: skip
             start += sum(part.shape[0] for part in pair)
 
-    def _product(self, x: Tensor, weight: Weight, out: Tensor, residual: Tensor | None = None) -> None:
-        gemm.product(x, weight, out, residual=residual, scratch=self.product_scratch, pdl=self.gpu.pdl)
-
-    def _rms_rows(self, gain: Tensor) -> None:
-        D = self.spec.hidden_size
-        D_2 = next_power_of_2(D)
-        self._run(rows.rms_rows_kernel, (self.batch,), self.x, gain, self.h, self.spec.norm_eps, D=D, D_2=D_2)
+    def _product(
+        self,
+        x: Tensor,
+        weight: Weight,
+        out: Tensor,
+        residual: Tensor | None = None,
+        norm: gemm.Norm | None = None,
+        then: gemm.Next | None = None,
+    ) -> None:
+        scratch, pdl = self.product_scratch, self.gpu.pdl
+        gemm.product(x, weight, out, residual=residual, norm=norm, then=then, scratch=scratch, pdl=pdl)
 
     def _run(self, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any) -> None:
         kernel[grid](*args, **constants, PDL=self.gpu.pdl, num_warps=num_warps, **pdl_options(self.gpu.pdl))
+
+
+def _block_v(spec: ModelSpec, batch: int) -> int:
+    """Value channels of a program of the recurrence."""
+    if batch == 1:
+        return 16 if spec.head_v_dim % 16 == 0 else 8
+    block: int = min(MAX_BLOCK_V, next_power_of_2(spec.head_v_dim))
+    while block > 8 and batch * spec.num_v_heads * cdiv(spec.head_v_dim, block) < MIN_STATE_PROGRAMS:
+        block //= 2
+    return block
 
 
 def _small(weights: ModelWeights) -> list[Weight]:

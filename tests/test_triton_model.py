@@ -18,6 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="there is no triton for this system")
 
+from gdn2_edge import triton_ops
 from gdn2_edge.bench.random_weights import random_weights
 from gdn2_edge.checkpoint.reader import open_checkpoint
 from gdn2_edge.convert import convert_checkpoint
@@ -161,9 +162,13 @@ def test_every_format_against_its_exact_values(format: str, make: Make) -> None:
         torch.testing.assert_close(found_state[key], tensor, rtol=0, atol=10 * FORMAT_TOLERANCE[format])
 
 
-def test_three_sequences_are_each_their_own(make: Make) -> None:
+@pytest.mark.parametrize(("fields", "programs"), [(HYBRID, 512), (GDN2, 1)], ids=["parts of heads", "whole heads"])
+def test_three_sequences_are_each_their_own(
+    fields: dict[str, Any], programs: int, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three rows of a step for four: as alone, within the rounding, and untouched by the others, bit for bit."""
-    model = make(HYBRID, "int8")
+    monkeypatch.setattr(triton_ops, "MIN_STATE_PROGRAMS", programs)
+    model = make(fields, "int8")
     plain = exact(model)
     prompts = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]])
     _, state = plain.prefill(prompts, plain.initial_state(3))

@@ -43,7 +43,7 @@ SPLIT_X_TILE = Tile(64, 32, 4, 3)  # x and its three bf16 parts lie in shared me
 IEEE_BLOCK_M, IEEE_TILE = 16, Tile(32, 16, 4, 2)  # fp32 by fp32, without tensor cores
 AMD_MAX_BLOCK_M, AMD_TILE = 64, Tile(64, 64, 8, 2)  # 64 KB of shared memory, and no spilled registers
 
-# K is cut in 1, 2, 4 or 8 parts: while there are not more programs than this, about one for each SM of a large GPU,
+# K is cut in up to MAX_SPLITS parts: while there are not more programs than this, about one for each SM of a large GPU,
 # and each part has MIN_STEPS of BLOCK_K.
 MAX_PROGRAMS = 160
 MAX_SPLITS = 8
@@ -59,6 +59,21 @@ class Scratch(NamedTuple):
     counts: Tensor
 
 
+class Norm(NamedTuple):
+    """The RMSNorm of x that is due: x has its gain already, not its factor. squares: fp32 [M, parts], sums to x^2."""
+
+    squares: Tensor
+    eps: float
+
+
+class Next(NamedTuple):
+    """What the norm after a product needs: gain fp32 [N] is given, rows = out * gain [M, N] and squares are written."""
+
+    gain: Tensor
+    rows: Tensor
+    squares: Tensor  # fp32 [M, num_tiles(...)]
+
+
 def product_scratch(device: torch.device) -> Scratch:
     """About 10 MB; `counts` are zero between products."""
     largest = max(tile.block_n * block_m for tiles in TILES.values() for block_m, tile in tiles.items())
@@ -66,6 +81,11 @@ def product_scratch(device: torch.device) -> Scratch:
         torch.empty(MAX_PROGRAMS * largest, dtype=torch.float32, device=device),
         torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device),
     )
+
+
+def splits_of(tiles: int, steps: int) -> int:
+    """In how many parts K is cut, for so many tiles of the output and steps of BLOCK_K."""
+    return max(1, min(MAX_SPLITS, MAX_PROGRAMS // tiles, steps // MIN_STEPS))
 
 
 @triton.jit
@@ -125,18 +145,26 @@ def product_kernel(
     p_out,
     p_partials,
     p_counts,
+    p_squares,
+    p_gain,
+    p_next_rows,
+    p_next_squares,
     M,
     N,
     k_units,
     x_stride,
     residual_stride,
     out_stride,
+    squares_parts,
+    eps,
     K_UNIT: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT_X: tl.constexpr,
     IEEE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    NORM_PARTS: tl.constexpr,
+    HAS_NEXT: tl.constexpr,
     SPLITS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PTX: tl.constexpr,
@@ -145,7 +173,7 @@ def product_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out[M, N] = x W^T * scale + residual; grid (rows / BLOCK_M, N / BLOCK_N, SPLITS).
+    """out[M, N] = x W^T * scale + residual; grid (rows / BLOCK_M, N / BLOCK_N, SPLITS). See `Norm` and `Next`.
 
     p_weight points to pairs of codes (see `codes`) or to dense values. GROUP weights of a row share a scale; it is
     0 where all do. Of the programs of one tile each leaves its fp32 sum in p_partials and counts itself in p_counts,
@@ -183,6 +211,9 @@ def product_kernel(
     p_w = p_row[:, None] + o_e[None, :]
     p_xs = p_x + o_m[:, None] * x_stride + o_k[None, :]
     is_row = (o_m < M)[:, None]
+    if NORM_PARTS > 0:
+        o_p = tl.arange(0, NORM_PARTS)[None, :]
+        squares = tl.load(p_squares + o_m[:, None] * squares_parts + o_p, is_row & (o_p < squares_parts), 0.0)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for i in range(first * PARTS, last * PARTS, PARTS):
         for j in tl.static_range(PARTS):
@@ -221,11 +252,43 @@ def product_kernel(
     if is_last:
         if CODED and GROUP == 0:
             acc *= scale[:, None]
+        if NORM_PARTS > 0:
+            acc *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[None, :]
         is_inside = (o_m < M)[None, :] & (o_n < N)[:, None]
         if HAS_RESIDUAL:
             p_r = p_residual + o_m[None, :] * residual_stride + o_n[:, None]
             acc += tl.load(p_r, mask=is_inside, other=0.0).to(tl.float32)
         tl.store(p_out + o_m[None, :] * out_stride + o_n[:, None], acc.to(p_out.dtype.element_ty), mask=is_inside)
+        if HAS_NEXT:
+            acc = tl.where(is_inside, acc, 0.0)
+            tl.store(p_next_squares + o_m * tl.num_programs(1) + i_n, tl.sum(acc * acc, 0), mask=o_m < M)
+            acc *= tl.load(p_gain + o_n, mask=o_n < N, other=0.0)[:, None]
+            o_next = o_m[None, :] * N + o_n[:, None]
+            tl.store(p_next_rows + o_next, acc.to(p_next_rows.dtype.element_ty), mask=is_inside)
+
+
+def num_tiles(x: Tensor, weight: Weight) -> int:
+    """How many partial sums of squares of a row a product leaves to the next, see `Next`."""
+    return triton.cdiv(weight.shape[0], _plan(x, weight).tile.block_n)
+
+
+class _Plan(NamedTuple):
+    block_m: int
+    tile: Tile
+    splits_x: bool
+    ieee: bool
+
+
+def _plan(x: Tensor, weight: Weight) -> _Plan:
+    format, codes, scale, _ = stored(weight)
+    is_direct = x.dtype == codes.dtype if scale is None else x.dtype != torch.float32
+    splits_x = not is_direct and (scale is not None or format == "bf16")
+    ieee = format == "fp32" or not (is_direct or splits_x)
+    is_amd = torch.version.hip is not None
+    largest = IEEE_BLOCK_M if ieee else AMD_MAX_BLOCK_M if is_amd else MAX_BLOCK_M
+    block_m = min(largest, max(16, triton.next_power_of_2(x.shape[0])))
+    tile = IEEE_TILE if ieee else AMD_TILE if is_amd else SPLIT_X_TILE if splits_x else TILES[format][block_m]
+    return _Plan(block_m, tile, splits_x, ieee)
 
 
 def product(
@@ -234,6 +297,8 @@ def product(
     out: Tensor,
     *,
     residual: Tensor | None = None,
+    norm: Norm | None = None,
+    then: Next | None = None,
     scratch: Scratch | None = None,
     pdl: bool = False,
 ) -> None:
@@ -244,6 +309,8 @@ def product(
         weight: [N, K] in any layout, K a multiple of 8.
         out: [M, N], fp32 or bf16.
         residual: [M, N], fp32 or bf16; may be `out` itself.
+        norm: multiplies the product, before the residual.
+        then: also written.
         scratch: of `product_scratch`; without it K is never split, and few rows of output leave SMs idle.
         pdl: start while the kernel before still runs; see `launch`.
     """
@@ -252,23 +319,15 @@ def product(
         for part in weight.parts:
             columns = slice(start, start + part.shape[0])
             rest = None if residual is None else residual[:, columns]
-            product(x, part, out[:, columns], residual=rest, scratch=scratch, pdl=pdl)
+            product(x, part, out[:, columns], residual=rest, norm=norm, scratch=scratch, pdl=pdl)
             start += part.shape[0]
         return
     (M, K), N = x.shape, weight.shape[0]
     format, codes, scale, group = stored(weight)
-    is_direct = x.dtype == codes.dtype if scale is None else x.dtype != torch.float32
-    splits_x = not is_direct and (scale is not None or format == "bf16")
-    ieee = format == "fp32" or not (is_direct or splits_x)
+    block_m, tile, splits_x, ieee = _plan(x, weight)
     is_amd = torch.version.hip is not None
-    largest = IEEE_BLOCK_M if ieee else AMD_MAX_BLOCK_M if is_amd else MAX_BLOCK_M
-    block_m = min(largest, max(16, triton.next_power_of_2(M)))
-    tile = IEEE_TILE if ieee else AMD_TILE if is_amd else SPLIT_X_TILE if splits_x else TILES[format][block_m]
     grid = (triton.cdiv(M, block_m), triton.cdiv(N, tile.block_n))
-    splits = 1
-    if scratch is not None:
-        most = min(MAX_SPLITS, MAX_PROGRAMS // (grid[0] * grid[1]), triton.cdiv(K, tile.block_k) // MIN_STEPS)
-        splits = 1 << max(0, most.bit_length() - 1)
+    splits = 1 if scratch is None else splits_of(grid[0] * grid[1], triton.cdiv(K, tile.block_k))
     k_unit = next(unit for unit in (32, 16, 8) if K % unit == 0)
     product_kernel[(*grid, splits)](
         x,
@@ -278,18 +337,24 @@ def product(
         out,
         None if scratch is None or splits == 1 else scratch.partials,
         None if scratch is None or splits == 1 else scratch.counts,
+        norm.squares if norm else None,
+        *(then or (None, None, None)),
         M,
         N,
         K // k_unit,
         x.stride(0),
         0 if residual is None else residual.stride(0),
         out.stride(0),
+        norm.squares.shape[1] if norm else 0,
+        norm.eps if norm else 0.0,
         K_UNIT=k_unit,
         FORMAT=format,
         GROUP=group,
         SPLIT_X=splits_x,
         IEEE=ieee or not x.is_cuda,  # the interpreter multiplies no bf16
         HAS_RESIDUAL=residual is not None,
+        NORM_PARTS=triton.next_power_of_2(norm.squares.shape[1]) if norm else 0,
+        HAS_NEXT=then is not None,
         SPLITS=splits,
         EVEN_K=K % tile.block_k == 0,
         PTX=x.is_cuda and not is_amd and (splits_x or x.dtype == torch.bfloat16),

@@ -21,7 +21,7 @@ def embed_kernel(
     p_scale,
     p_gain,  # fp32 [D], of the first norm
     p_x,  # fp32 [B, D], the residual stream
-    p_values,  # x times gain, as an Activation, for one sequence
+    p_values,  # x times gain, [B, D], and as planes for one sequence only
     p_high,
     p_low,
     p_unit,
@@ -35,7 +35,7 @@ def embed_kernel(
     HARDWARE_FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x = the row of each token; VALUES (a split) or PLANES: also the first norm's input, and its sums of squares."""
+    """x = the row of each token, the first norm's input, and its sums of squares [B, D / BLOCK]."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = o < D
     gain = tl.load(p_gain + o, mask, 0.0)
@@ -46,9 +46,8 @@ def embed_kernel(
     x = load_values(p_w, p_scale, token, o[None, :], token >= 0, mask[None, :], D, FORMAT, GROUP, HARDWARE_FP8)
     x = x.reshape(BLOCK)
     tl.store(p_x + i_b * D + o, x, mask)
-    if VALUES or PLANES:
-        tl.store(p_squares + tl.program_id(0), tl.sum(x * x))
-        write_activation(p_values, p_high, p_low, p_unit, x * gain, o, mask, D, BLOCK, VALUES, PLANES)
+    tl.store(p_squares + i_b * tl.num_programs(0) + tl.program_id(0), tl.sum(x * x))
+    write_activation(p_values + i_b * D, p_high, p_low, p_unit, x * gain, o, mask, D, BLOCK, VALUES, PLANES)
 
 
 @triton.jit

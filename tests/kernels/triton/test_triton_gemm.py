@@ -11,7 +11,7 @@ from torch import Tensor
 from gdn2_edge.errors import BackendError
 from gdn2_edge.kernels.torch_private import Int8Packed
 from gdn2_edge.kernels.triton.expand import expand
-from gdn2_edge.kernels.triton.gemm import Scratch, product, product_scratch
+from gdn2_edge.kernels.triton.gemm import Next, Norm, Scratch, num_tiles, product, product_scratch
 from gdn2_edge.quantize.fp8 import encode_fp8
 from gdn2_edge.quantize.int4 import encode_int4
 from gdn2_edge.quantize.int8 import encode_int8
@@ -130,6 +130,28 @@ def test_joined_with_residual(device: torch.device, scratch: Scratch) -> None:
     assert ((both - (plain + residual)).abs() <= 2**-22 * (plain.abs() + residual.abs())).all()
     product(x.to(device), to(weight, device), residual, residual=residual, scratch=scratch)
     assert torch.equal(residual, both)
+
+
+@pytest.mark.parametrize("layout", ["bf16", "int8", "int4 of 64"])
+@pytest.mark.parametrize(("M", "K"), [(3, 2304), (17, 384)])
+def test_a_norm_between_two_products(layout: str, M: int, K: int, device: torch.device, scratch: Scratch) -> None:
+    """What one product leaves for the norm, and what the next makes of it."""
+    first, second = to(make(layout, 192, K), device), to(make(layout, 70, 192), device)
+    x, residual = randn(M, K, seed=10).bfloat16().to(device), randn(M, 192, seed=11).to(device)
+    plain, out, gain = nan(M, 192, device), nan(M, 192, device), randn(192, seed=12).to(device)
+    product(x, first, plain, residual=residual, scratch=scratch)
+    then = Next(gain, nan(M, 192, device), nan(M, num_tiles(x, first), device))
+    product(x, first, out, residual=residual, then=then, scratch=scratch)
+    assert torch.equal(out, plain)
+    assert torch.equal(then.rows, out * gain)
+    squares = out.double().square().sum(1)
+    torch.testing.assert_close(then.squares.double().sum(1), squares, rtol=1e-5, atol=0)
+    rows = then.rows.bfloat16()
+    unscaled, found = nan(M, 70, device), nan(M, 70, device)
+    product(rows, second, unscaled, scratch=scratch)
+    product(rows, second, found, norm=Norm(then.squares, 1e-5), scratch=scratch)
+    expected = unscaled.double() * torch.rsqrt(squares / 192 + 1e-5)[:, None]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_out(device: torch.device) -> None:
