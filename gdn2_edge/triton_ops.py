@@ -35,6 +35,8 @@ EMBED_BLOCK = 128
 FEW_ROWS = 128
 # From so many tokens on the chunked form of the recurrence is taken.
 CHUNK_MIN_TOKENS = 64
+# Of a mixer's threads, two programs a multiprocessor. Left alone, NVIDIA's assembler saves some, and so puts off loads.
+MIXER_REGISTERS: dict[bool, dict[str, int]] = {True: {"maxnreg": 128}, False: {}}
 
 
 class TritonOps(TorchOps):
@@ -188,7 +190,7 @@ class DecodeStep:
             self.after_glu.append(make_activation(ff, (1,), device))
             self.inputs.append(make_activation(hidden, (num_programs(layer.mlp.w3, "add", self.gpu),), device))
         self.mixed = make_activation(spec.value_dim * batch, (spec.num_v_heads * batch, parts), device)
-        self.mixer_vectors = floats(batch, spec.num_v_heads, parts, 4, next_power_of_2(spec.head_k_dim))
+        self.mixer_vectors = floats(batch, spec.num_v_heads, parts, 2, self.block_v)
         if spec.kv_heads:
             q_dim, D = spec.q_heads * spec.attention_head_dim, spec.attention_head_dim
             self.attended = make_activation(q_dim * batch, (1, 1), device)
@@ -377,8 +379,10 @@ class DecodeStep:
             GATE=spec.output_gate,
             VALUES=forms.values,
             PLANES=forms.planes,
+            ASM=self.gpu.asm,
             HARDWARE_FP8=self.gpu.hardware_fp8,
             num_warps=8,
+            **MIXER_REGISTERS[self.gpu.asm],
         )
         return out
 

@@ -179,7 +179,7 @@ def _merge_parts(
     b_acc = tl.load(p_part[:, None] + o_d[None, :], mask=mask_s[:, None] & mask_d[None, :], other=0.0)
     b_weight = tl.exp2(b_max - tl.max(b_max, 0))
     b_out = tl.sum(b_acc * b_weight[:, None], 0) / tl.sum(b_sum * b_weight, 0)
-    write_activation(p_out, p_high, p_low, p_unit, b_out, i_head * D + o_d, mask_d, BLOCK_D, True, PLANES)
+    write_activation(p_out, p_high, p_low, p_unit, b_out, i_head * D, (i_head + 1) * D, BLOCK_D, True, PLANES)
 
 
 @cache

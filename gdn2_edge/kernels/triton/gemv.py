@@ -381,7 +381,7 @@ def _program(
             y += before
             tl.store(p_y + o_n, y, mask)
             tl.store(p_out_squares + i_program, tl.sum(tl.where(mask, y * y, 0.0)))
-        write_activation(p_out_values, p_out_high, p_out_low, p_out_unit, y * gain, o_n, mask, ROWS, VALUES, PLANES)
+        write_activation(p_out_values, p_out_high, p_out_low, p_out_unit, y * gain, start, end, ROWS, VALUES, PLANES)
 
 
 @triton.jit

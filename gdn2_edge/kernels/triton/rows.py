@@ -48,7 +48,7 @@ def embed_kernel(
     tl.store(p_x + i_b * D + o, x, mask)
     if VALUES or PLANES:
         tl.store(p_squares + tl.program_id(0), tl.sum(x * x))
-        write_activation(p_values, p_high, p_low, p_unit, x * gain, o, mask, BLOCK, VALUES, PLANES)
+        write_activation(p_values, p_high, p_low, p_unit, x * gain, tl.program_id(0) * BLOCK, D, BLOCK, VALUES, PLANES)
 
 
 @triton.jit
