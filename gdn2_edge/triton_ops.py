@@ -29,6 +29,8 @@ EMBED_BLOCK = 128
 # The recurrence of many sequences: value channels of a program, which are fewer where there were too few programs, and
 # rows it takes at once, fewer than threads: the compiler then leaves the state where each thread has loaded it.
 MAX_BLOCK_V, MIN_STATE_PROGRAMS, STATE_ROWS = 64, 512, 64
+# Of a mixer's threads, two programs a multiprocessor. Left alone, NVIDIA's assembler saves some, and so puts off loads.
+MIXER_REGISTERS: dict[bool, dict[str, int]] = {True: {"maxnreg": 128}, False: {}}
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class DecodeStep:
             self.inputs.append(make_activation(hidden, (adders,), device, split_for(*_parts(reader))))
         self.mixed = make_activation(spec.value_dim * batch, (spec.num_v_heads * batch, parts), device)
         if single:
-            self.mixer_vectors = floats(spec.num_v_heads, parts, 4, next_power_of_2(spec.head_k_dim))
+            self.mixer_vectors = floats(spec.num_v_heads, parts, 2, self.block_v)
         if spec.kv_heads:
             q_dim, D = spec.q_heads * spec.attention_head_dim, spec.attention_head_dim
             self.attended = make_activation(q_dim * batch, (1, 1), device)
@@ -326,8 +328,10 @@ class DecodeStep:
             GATE=spec.output_gate,
             VALUES=out.split if forms.values else 0,
             PLANES=forms.planes,
+            ASM=self.gpu.asm,
             HARDWARE_FP8=self.gpu.hardware_fp8,
             num_warps=8,
+            **MIXER_REGISTERS[self.gpu.asm],
         )
         return out
 

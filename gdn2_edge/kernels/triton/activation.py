@@ -67,21 +67,22 @@ def write_activation(
     p_low,
     p_unit,
     x,
-    o,
-    mask,
+    start,
+    end,
     channels,
     ROWS: tl.constexpr,
     VALUES: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """Write x [ROWS], ROWS a multiple of 8, for the channels o [ROWS] of `channels`, which start at a multiple of 8.
+    """Write x [ROWS] for those of `channels` from `start` on and below `end`, all multiples of 8.
 
     VALUES and PLANES say which of the two forms a reader needs; VALUES is their split, or 0.
     """
     if VALUES > 0:
-        tl.store(p_values + place(o, channels, VALUES), x, mask)
+        o = start + tl.arange(0, ROWS)
+        tl.store(p_values + place(o, channels, VALUES), x, o < end)
     if PLANES:
-        _write_planes(p_high, p_low, p_unit, x, o, mask, ROWS)
+        _write_planes(p_high, p_low, p_unit, x, start, end, ROWS)
 
 
 @triton.jit
@@ -94,19 +95,22 @@ def place(o, channels, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _write_planes(p_high, p_low, p_unit, x, o, mask, ROWS: tl.constexpr):
+def _write_planes(p_high, p_low, p_unit, x, start, end, ROWS: tl.constexpr):
     BLOCKS: tl.constexpr = ROWS // UNIT_BLOCK
-    blocks = tl.where(mask, x, 0.0).reshape(BLOCKS, UNIT_BLOCK)
-    # A NaN goes on through the unit.
-    unit = tl.max(tl.abs(blocks), 1) * (1.0 / 32767.0)
-    unit = tl.where(tl.sum((blocks != blocks).to(tl.int32), 1) > 0, float("nan"), unit)
+    WORDS: tl.constexpr = ROWS // 4
+    blocks = x.reshape(BLOCKS, UNIT_BLOCK)
+    # Without their signs, floats are in the order of their bits, and NaN is the largest: it goes on through the unit.
+    largest = tl.max(blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
+    unit = largest * (1.0 / 32767.0)
     inverse = 1.0 / tl.where(unit > 0, unit, 1.0)
-    q = tl.floor(blocks * inverse[:, None] + 0.5).to(tl.int32)
-    o_block = o.reshape(BLOCKS, UNIT_BLOCK)
-    inside = mask.reshape(BLOCKS, UNIT_BLOCK)
-    tl.store(p_high + o_block, (q >> 8).to(tl.int8), inside)
-    tl.store(p_low + o_block, (q & 255).to(tl.uint8), inside)
-    tl.store(p_unit + tl.min(o_block, 1) // UNIT_BLOCK, unit, tl.max(inside.to(tl.int32), 1) > 0)
+    q = tl.floor(blocks * inverse[:, None] + 0.5).to(tl.int32).reshape(WORDS, 4)
+    # Four bytes a word: the threads that hold them can store them.
+    shift = (tl.arange(0, 4) * 8)[None, :]
+    o = start // 4 + tl.arange(0, WORDS)
+    inside = o * 4 < end
+    tl.store(p_high.to(tl.pointer_type(tl.int32)) + o, tl.sum(((q >> 8) & 255) << shift, 1), inside)
+    tl.store(p_low.to(tl.pointer_type(tl.int32)) + o, tl.sum((q & 255) << shift, 1), inside)
+    tl.store(p_unit + o // 2, unit[:, None].broadcast_to(BLOCKS, 2).reshape(WORDS), inside)
 
 
 @triton.jit

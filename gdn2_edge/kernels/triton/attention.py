@@ -180,8 +180,8 @@ def _merge_parts(
     b_acc = tl.load(p_part[:, None] + o_d[None, :], mask=mask_s[:, None] & mask_d[None, :], other=0.0)
     b_weight = tl.exp2(b_max - tl.max(b_max, 0))
     b_out = tl.sum(b_acc * b_weight[:, None], 0) / tl.sum(b_sum * b_weight, 0)
-    o, channels = i_head * D + o_d, tl.num_programs(0) * D
-    write_activation(p_out, p_high, p_low, p_unit, b_out, o, mask_d, channels, BLOCK_D, SPLIT, PLANES)
+    start, channels = i_head * D, tl.num_programs(0) * D
+    write_activation(p_out, p_high, p_low, p_unit, b_out, start, start + D, channels, BLOCK_D, SPLIT, PLANES)
 
 
 @cache

@@ -10,15 +10,7 @@ import triton
 import triton.language as tl
 
 from gdn2_edge.kernels.triton.launch import OFFSET_FLOATS, let_next_start, wait_for_previous
-from gdn2_edge.kernels.triton.recurrence import (
-    _add_pairs,
-    _add_triples,
-    _move_on,
-    _past,
-    _sigmoid,
-    _silu,
-    _softplus,
-)
+from gdn2_edge.kernels.triton.mixer import add_pairs, add_triples, past, sigmoid, silu, softplus
 
 
 @triton.jit
@@ -67,13 +59,11 @@ def vectors_kernel(
     dt_bias = tl.load(p_dt_bias + rows, m_k, 0.0)
     rate = tl.exp(tl.load(p_A_log + i_h))
     o_norm = tl.load(p_o_norm + o_v, m_v, 0.0)
-    q_past = _past(p_conv, p_before, rows, m_k, CONV)
-    k_past = _past(p_conv, p_before, KEYS + rows, m_k, CONV)
-    v_past = _past(p_conv, p_before, 2 * KEYS + values, m_v, CONV)
-    p_newest = p_conv + CONV - 1
-    q_newest = tl.load(p_newest + rows * CONV, m_k, 0.0)
-    k_newest = tl.load(p_newest + (KEYS + rows) * CONV, m_k, 0.0)
-    v_newest = tl.load(p_newest + (2 * KEYS + values) * CONV, m_v, 0.0)
+    # One program of a key head moves the inputs of q and k on. No one reads the target any more.
+    m_first = o_k < tl.where(i_hv % (HV // H) == 0, K, 0)
+    q_past, q_newest = past(p_conv, p_before, p_after, rows, m_k, m_first, CONV)
+    k_past, k_newest = past(p_conv, p_before, p_after, KEYS + rows, m_k, m_first, CONV)
+    v_past, v_newest = past(p_conv, p_before, p_after, 2 * KEYS + values, m_v, m_v, CONV)
 
     wait_for_previous(PDL)
     let_next_start(PDL)
@@ -82,31 +72,31 @@ def vectors_kernel(
     new_q = tl.load(p_y + rows, m_k, 0.0)
     new_k = tl.load(p_y + KEYS + rows, m_k, 0.0)
     new_v = tl.load(p_y + 2 * KEYS + values, m_v, 0.0)
-    erase = _sigmoid(tl.load(p_gates + rows, m_k, 0.0)) * erase_scale
-    write = _sigmoid(tl.load(p_gates + KEYS + values, m_v, 0.0))
+    erase = sigmoid(tl.load(p_gates + rows, m_k, 0.0), False) * erase_scale
+    write = sigmoid(tl.load(p_gates + KEYS + values, m_v, 0.0), False)
     decay = tl.load(p_f + i_b * KEYS + rows, m_k, 0.0) + dt_bias
     gate = tl.load(p_g + i_b * VALUES + values, m_v, 0.0) + g_bias
-    q = _silu(new_q * q_newest + q_past)
-    k = _silu(new_k * k_newest + k_past)
-    q_squares, k_squares, q_k = tl.reduce((q * q, k * k, q * k), 0, _add_triples)
+    q = silu(new_q * q_newest + q_past)
+    k = silu(new_k * k_newest + k_past)
+    q_squares, k_squares, q_k = tl.reduce((q * q, k * k, q * k), 0, add_triples)
     q_factor, k_factor = tl.rsqrt(q_squares + 1e-6) * scale, tl.rsqrt(k_squares + 1e-6)
     k *= k_factor
 
     i_head = i_b * HV + i_hv
     p_keys += i_head * (4 * K) + o_k
-    tl.store(p_keys, tl.exp(-rate * _softplus(decay)), m_k)
+    tl.store(p_keys, tl.exp(-rate * softplus(decay)), m_k)
     tl.store(p_keys + K, erase * k, m_k)
     tl.store(p_keys + 2 * K, k, m_k)
     tl.store(p_keys + 3 * K, q * q_factor, m_k)
     tl.store(p_q_k + i_head, q_k * (q_factor * k_factor))
     p_channels += i_head * (2 * V)
-    tl.store(p_channels + o_v, _silu(new_v * v_newest + v_past) * write, m_v)
-    tl.store(p_channels + V + o_v, _sigmoid(gate) * (gate if GATE == "silu" else 1.0) * o_norm, m_v)
+    tl.store(p_channels + o_v, silu(new_v * v_newest + v_past) * write, m_v)
+    tl.store(p_channels + V + o_v, sigmoid(gate, False) * (gate if GATE == "silu" else 1.0) * o_norm, m_v)
 
-    m_first = o_k < tl.where(i_hv % (HV // H) == 0, K, 0)  # one program of a key head
-    _move_on(p_before, p_after, rows, new_q, m_first, CONV)
-    _move_on(p_before, p_after, KEYS + rows, new_k, m_first, CONV)
-    _move_on(p_before, p_after, 2 * KEYS + values, new_v, m_v, CONV)
+    p_after += CONV - 2
+    tl.store(p_after + rows * (CONV - 1), new_q, m_first)
+    tl.store(p_after + (KEYS + rows) * (CONV - 1), new_k, m_first)
+    tl.store(p_after + (2 * KEYS + values) * (CONV - 1), new_v, m_v)
 
 
 @triton.jit
@@ -158,7 +148,7 @@ def state_kernel(
         erased_sums += tl.load(p_keys + K + o_k, o_k < K, 0.0) * part
         o_sums += tl.load(p_keys + 3 * K + o_k, o_k < K, 0.0) * part
         kept = kept + (part,)
-    erased, o = tl.reduce((erased_sums, o_sums), 0, _add_pairs)
+    erased, o = tl.reduce((erased_sums, o_sums), 0, add_pairs)
     u = v - erased
     for i in tl.static_range(K_2 // BLOCK_K):
         o_k = i * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]

@@ -396,7 +396,7 @@ def _program(
             tl.store(p_y + o_n, y, mask)
             tl.store(p_out_squares + i_program, tl.sum(tl.where(mask, y * y, 0.0)))
         out = y * gain
-        write_activation(p_out_values, p_out_high, p_out_low, p_out_unit, out, o_n, mask, N, ROWS, VALUES, PLANES)
+        write_activation(p_out_values, p_out_high, p_out_low, p_out_unit, out, start, end, N, ROWS, VALUES, PLANES)
 
 
 @triton.jit

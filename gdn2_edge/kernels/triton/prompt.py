@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn2_edge.kernels.triton.launch import let_next_start, pdl_options, wait_for_previous
-from gdn2_edge.kernels.triton.recurrence import _sigmoid, _silu, _softplus
+from gdn2_edge.kernels.triton.mixer import sigmoid, silu, softplus
 
 # Tokens a program takes of one head: 16 values a thread for 128 channels.
 BLOCK_T = 16
@@ -48,7 +48,7 @@ def _short_conv(p_y, p_tail, p_conv, first, o_c, mask_c, T, y_stride, CONV: tl.c
             o_tail = o_c[None, :] * (CONV - 1) + (o_t + CONV - 1)[:, None]
             x += tl.load(p_tail + o_tail, (o_t < 0)[:, None] & mask_c[None, :], 0.0)
         total += x * tl.load(p_conv + o_c * CONV + i, mask_c, 0.0)[None, :]
-    return _silu(total)
+    return silu(total)
 
 
 @triton.jit
@@ -123,9 +123,9 @@ def prepare_kernel(
         k = _l2_norm(_short_conv(p_y, p_tail, p_conv, first, KEYS + o_q, mask_k, T, y_stride, CONV, BLOCK_T))
         tl.store(p_q + size + o_out, tl.where(is_counted, k, 0.0).to(p_q.dtype.element_ty), mask)
         b = tl.load(p_rows + CHANNELS + o_q[None, :], mask, 0.0).to(tl.float32)
-        tl.store(p_q + 2 * size + o_out, (_sigmoid(b) * erase_scale).to(p_q.dtype.element_ty), mask)
+        tl.store(p_q + 2 * size + o_out, (sigmoid(b, False) * erase_scale).to(p_q.dtype.element_ty), mask)
         f = tl.load(p_f + o_out, mask, 0.0).to(tl.float32) + tl.load(p_dt_bias + o_q, mask_k, 0.0)[None, :]
-        g = -tl.exp(tl.load(p_A_log + i_head)) * _softplus(f)
+        g = -tl.exp(tl.load(p_A_log + i_head)) * softplus(f)
         tl.store(p_g + o_out, tl.where(is_counted, g, 0.0), mask)
         if first == 0:
             _keep_tail(p_y, p_tail, p_new_tail, count, o_q, mask_k, y_stride, CONV)
@@ -137,7 +137,8 @@ def prepare_kernel(
         o_out = row * VALUES + o_value[None, :]
         v = _short_conv(p_y, p_tail, p_conv, first, 2 * KEYS + o_value, mask_v, T, y_stride, CONV, BLOCK_T)
         tl.store(p_v + o_out, v.to(p_v.dtype.element_ty), mask)
-        w = _sigmoid(tl.load(p_rows + CHANNELS + KEYS + o_value[None, :], mask, 0.0).to(tl.float32))
+        w = tl.load(p_rows + CHANNELS + KEYS + o_value[None, :], mask, 0.0).to(tl.float32)
+        w = sigmoid(w, False)
         tl.store(p_w + o_out, tl.where(is_counted, w, 0.0).to(p_w.dtype.element_ty), mask)
         if first == 0:
             _keep_tail(p_y, p_tail, p_new_tail, count, 2 * KEYS + o_value, mask_v, y_stride, CONV)
@@ -221,7 +222,7 @@ def gated_norm_kernel(
     x = tl.load(p_o + o, mask, 0.0)
     x *= tl.rsqrt(tl.sum(x * x, 1) / V + eps)[:, None] * tl.load(p_gain + o_v, mask_v, 0.0)[None, :]
     gate = tl.load(p_gate + o, mask, 0.0).to(tl.float32) + tl.load(p_bias + i_head * V + o_v, mask_v, 0.0)[None, :]
-    x *= _sigmoid(gate) * (gate if GATE == "silu" else 1.0)
+    x *= sigmoid(gate, False) * (gate if GATE == "silu" else 1.0)
     tl.store(p_out + o, x.to(p_out.dtype.element_ty), mask)
 
 

@@ -3,6 +3,10 @@
 A program owns a block of value channels of one value head of one sequence. It reads its part of the state from one
 place and writes it to another, so that a step can be repeated or abandoned: the state before it stays whole.
 Sequences are found through tables of offsets from one base pointer, in units of 16 floats.
+
+A step has little to do and much to wait for, so what counts is how many instructions follow one another. Loads of what
+the kernel before writes all start at once; weights are converted before that; tensors with a row for each key share
+one layout, so that no vector has to be passed between threads; and all sums over keys are taken by one reduction.
 """
 
 from __future__ import annotations
@@ -12,7 +16,11 @@ import triton.language as tl
 
 from gdn2_edge.kernels.triton.activation import write_activation
 from gdn2_edge.kernels.triton.launch import OFFSET_FLOATS, let_next_start, wait_for_previous
-from gdn2_edge.kernels.triton.stored import load_words, words_times
+from gdn2_edge.kernels.triton.mixer import add_triples, past, sigmoid, softplus
+from gdn2_edge.kernels.triton.stored import load_codes
+
+# Columns of f that are multiplied at a time: few enough that a thread has the same rows of f and of the state.
+F_BLOCK = tl.constexpr(16)
 
 
 @triton.jit
@@ -37,7 +45,7 @@ def decode_kernel(
     p_low,
     p_unit,
     p_squares,  # fp32 [B, HV, V / BLOCK_V]
-    p_vectors,  # fp32 [B, HV, V / BLOCK_V, 4, K_2], a program's own
+    p_vectors,  # fp32 [B, HV, V / BLOCK_V, 2, BLOCK_V], a program's own
     y_stride,
     scale,
     erase_scale,
@@ -57,15 +65,23 @@ def decode_kernel(
     GATE: tl.constexpr,  # "silu" or "sigmoid"
     VALUES: tl.constexpr,
     PLANES: tl.constexpr,
+    ASM: tl.constexpr,
     HARDWARE_FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (V / BLOCK_V, HV, B). The equation is that of kernels/reference.py."""
     i_v, i_hv, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_h = i_hv // (HV // H)
+    KEYS: tl.constexpr = H * K
+    VALUE_DIM: tl.constexpr = HV * V
+    PARTS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    COLUMNS: tl.constexpr = min(F_BLOCK, RANK_2)
     o_k = tl.arange(0, K_2)
-    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_k, m_v = o_k < K, o_v < V
+    o_part = tl.arange(0, BLOCK_V)
+    o_rank = tl.arange(0, RANK_2)
+    o_column = tl.arange(0, COLUMNS)
+    o_v = i_v * BLOCK_V + o_part
+    m_k, m_v, m_rank = o_k < K, o_v < V, o_rank < RANK
     p_before = p_base + tl.load(p_source + i_b) * OFFSET_FLOATS
     p_after = p_base + tl.load(p_target + i_b) * OFFSET_FLOATS
 
@@ -75,119 +91,93 @@ def decode_kernel(
     S = tl.load(p_before + o_s, m_s, 0.0)
     rows = i_h * K + o_k
     o_value = i_hv * V + o_v
-    f, f_scale = load_words(p_f, p_f_scale, rows, m_k, RANK, RANK_2, F_FORMAT, F_GROUP)
-    g, g_scale = load_words(p_g, p_g_scale, o_value, m_v, RANK, RANK_2, G_FORMAT, G_GROUP)
+    f, f_scale = (), 1.0
+    for i in tl.static_range(0, RANK_2, COLUMNS):
+        o_r, m_r = (i + o_column)[None, :], (i + o_column < RANK)[None, :]
+        part, f_scale = load_codes(
+            p_f, p_f_scale, rows[:, None], o_r, m_k[:, None], m_r, RANK, F_FORMAT, F_GROUP, HARDWARE_FP8
+        )
+        f = f + (_now(part, ASM),)
+    g, g_scale = load_codes(
+        p_g, p_g_scale, o_value[:, None], o_rank[None, :], m_v[:, None], m_rank[None, :],
+        RANK, G_FORMAT, G_GROUP, HARDWARE_FP8,
+    )  # fmt: skip
     g_bias = tl.load(p_g_bias + o_value, m_v, 0.0)
     dt_bias = tl.load(p_dt_bias + rows, m_k, 0.0)
     rate = tl.exp(tl.load(p_A_log + i_h))
     o_norm = tl.load(p_o_norm + o_v, m_v, 0.0)
-    KEYS: tl.constexpr = H * K
-    VALUE_DIM: tl.constexpr = HV * V
-    PARTS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-    p_tail = p_before + conv_offset
-    q_past = _past(p_conv, p_tail, rows, m_k, CONV)
-    k_past = _past(p_conv, p_tail, KEYS + rows, m_k, CONV)
-    v_past = _past(p_conv, p_tail, 2 * KEYS + o_value, m_v, CONV)
-    p_newest = p_conv + CONV - 1
-    q_newest = tl.load(p_newest + rows * CONV, m_k, 0.0)
-    k_newest = tl.load(p_newest + (KEYS + rows) * CONV, m_k, 0.0)
-    v_newest = tl.load(p_newest + (2 * KEYS + o_value) * CONV, m_v, 0.0)
+    # The first program of a key head moves the inputs of q and k on. No one reads the target any more.
+    p_tail, p_tail_after = p_before + conv_offset, p_after + conv_offset
+    m_first = o_k < tl.where((i_v == 0) & (i_hv % (HV // H) == 0), K, 0)
+    q_past, q_newest = past(p_conv, p_tail, p_tail_after, rows, m_k, m_first, CONV)
+    k_past, k_newest = past(p_conv, p_tail, p_tail_after, KEYS + rows, m_k, m_first, CONV)
+    v_past, v_newest = past(p_conv, p_tail, p_tail_after, 2 * KEYS + o_value, m_v, m_v, CONV)
 
     wait_for_previous(PDL)
     let_next_start(PDL)
     p_y += i_b.to(tl.int64) * y_stride
     p_gates = p_y + 2 * KEYS + VALUE_DIM
     p_ranks = p_gates + KEYS + VALUE_DIM
+    f_input = ()
+    for i in tl.static_range(0, RANK_2, COLUMNS):
+        f_input = f_input + (tl.load(p_ranks + i + o_column, i + o_column < RANK, 0.0),)
+    g_input = tl.load(p_ranks + RANK + o_rank, m_rank, 0.0)
     new_q = tl.load(p_y + rows, m_k, 0.0)
     new_k = tl.load(p_y + KEYS + rows, m_k, 0.0)
     new_v = tl.load(p_y + 2 * KEYS + o_value, m_v, 0.0)
-    erase = _sigmoid(tl.load(p_gates + rows, m_k, 0.0)) * erase_scale
-    write = _sigmoid(tl.load(p_gates + KEYS + o_value, m_v, 0.0))
-    decay = words_times(f, f_scale, p_ranks, RANK, RANK_2, F_FORMAT, HARDWARE_FP8) + dt_bias
-    decay = tl.exp(-rate * _softplus(decay))
-    gate = words_times(g, g_scale, p_ranks + RANK, RANK, RANK_2, G_FORMAT, HARDWARE_FP8) + g_bias
-    gate = _sigmoid(gate) * (gate if GATE == "silu" else 1.0) * o_norm
+    erase = tl.load(p_gates + rows, m_k, 0.0)
+    write = tl.load(p_gates + KEYS + o_value, m_v, 0.0)
 
-    q = _silu(new_q * q_newest + q_past)
-    k = _silu(new_k * k_newest + k_past)
-    q_squares, k_squares, q_k = tl.reduce((q * q, k * k, q * k), 0, _add_triples)
-    q_factor, k_factor = tl.rsqrt(q_squares + 1e-6) * scale, tl.rsqrt(k_squares + 1e-6)
-    q *= q_factor
-    k *= k_factor
-    q_k *= q_factor * k_factor
-    v = _silu(new_v * v_newest + v_past) * write
+    q, k = new_q * q_newest + q_past, new_k * k_newest + k_past
+    q *= sigmoid(q, ASM)
+    k *= sigmoid(k, ASM)
+    erase = sigmoid(erase, ASM) * erase_scale * k
+    decay = f[0] * f_input[0][None, :]
+    for i in tl.static_range(1, RANK_2 // COLUMNS):
+        decay += f[i] * f_input[i][None, :]
+    decay = tl.exp(-rate * softplus(tl.sum(decay, 1) * tl.sum(f_scale, 1) + dt_bias))
+    v = new_v * v_newest + v_past
+    v *= sigmoid(v, ASM) * sigmoid(write, ASM)
+    gate = tl.sum(g * g_input[None, :], 1) * tl.sum(g_scale, 1) + g_bias
+    gate = sigmoid(gate, ASM) * (gate if GATE == "silu" else 1.0) * o_norm
 
-    # What is a number for each row of S goes through memory: each thread then reads what it needs, once. Left to the
-    # compiler, every thread would also compute it.
-    p_vectors += ((i_b * HV + i_hv) * PARTS + i_v) * (4 * K_2)
-    tl.store(p_vectors + o_k, decay)
-    tl.store(p_vectors + K_2 + o_k, erase * k)
-    tl.store(p_vectors + 2 * K_2 + o_k, k)
-    tl.store(p_vectors + 3 * K_2 + o_k, q)
+    # A thread needs v and gate of several channels, but not at once: they go through memory while the keys are summed.
+    # Left to the compiler, every thread would compute them all.
+    p_vectors += ((i_b * HV + i_hv) * PARTS + i_v) * (2 * BLOCK_V)
+    tl.store(p_vectors + o_part, v)
+    tl.store(p_vectors + BLOCK_V + o_part, gate)
     tl.debug_barrier()
+    v = tl.load(p_vectors + o_part)
+    gate = tl.load(p_vectors + BLOCK_V + o_part)
 
-    # o = q^T (S + k u^T) = q^T S + (q^T k) u, so that both sums over the keys are taken at once.
-    o_row = o_k[:, None]
-    S *= tl.load(p_vectors + o_row)
-    erased = tl.load(p_vectors + K_2 + o_row) * S
-    kept = tl.load(p_vectors + 3 * K_2 + o_row) * S
-    erased, o = tl.reduce((erased, kept), 0, _add_pairs)
-    u = v - erased
-    S += tl.load(p_vectors + 2 * K_2 + o_row) * u[None, :]
-    o += q_k * u
+    # o = q^T (S + k u^T) = q^T S + (q^T k) u. Here q and k are still due their norms: three more sums over the keys,
+    # which stand in the first columns of a third operand.
+    S *= decay[:, None]
+    column = o_part[None, :]
+    products = tl.where(column == 0, (q * q)[:, None], tl.where(column == 1, (k * k)[:, None], (q * k)[:, None]))
+    erased, o, products = tl.reduce((erase[:, None] * S, q[:, None] * S, products), 0, add_triples)
+    q_factor = tl.rsqrt(tl.sum(tl.where(o_part == 0, products, 0.0), 0) + 1e-6) * scale
+    k_factor = tl.rsqrt(tl.sum(tl.where(o_part == 1, products, 0.0), 0) + 1e-6)
+    q_k = tl.sum(tl.where(o_part == 2, products, 0.0), 0)
+    u = (v - erased * k_factor) * k_factor
+    S += k[:, None] * u[None, :]
     tl.store(p_after + o_s, S, m_s)
-    tl.store(p_squares + (i_b * HV + i_hv) * PARTS + i_v, tl.sum(o * o))
+    o = (o + q_k * u) * q_factor
+    tl.store(p_squares + (i_b * HV + i_hv) * PARTS + i_v, tl.sum(o * o, 0))
     p_values += i_b * VALUE_DIM
-    write_activation(p_values, p_high, p_low, p_unit, o * gate, o_value, m_v, VALUE_DIM, BLOCK_V, VALUES, PLANES)
+    start, end = i_hv * V + i_v * BLOCK_V, (i_hv + 1) * V
+    write_activation(p_values, p_high, p_low, p_unit, o * gate, start, end, VALUE_DIM, BLOCK_V, VALUES, PLANES)
 
-    # The first program of a key head moves the inputs of q and k on.
-    p_after += conv_offset
-    m_first = o_k < tl.where((i_v == 0) & (i_hv % (HV // H) == 0), K, 0)
-    _move_on(p_tail, p_after, rows, new_q, m_first, CONV)
-    _move_on(p_tail, p_after, KEYS + rows, new_k, m_first, CONV)
-    _move_on(p_tail, p_after, 2 * KEYS + o_value, new_v, m_v, CONV)
-
-
-@triton.jit
-def _past(p_conv, p_tail, o, mask, CONV: tl.constexpr):
-    """What the last CONV - 1 inputs add to the convolution at channels o."""
-    total = tl.zeros(o.shape, tl.float32)
-    for i in tl.static_range(CONV - 1):
-        total += tl.load(p_tail + o * (CONV - 1) + i, mask, 0.0) * tl.load(p_conv + o * CONV + i, mask, 0.0)
-    return total
+    p_tail_after += CONV - 2
+    tl.store(p_tail_after + rows * (CONV - 1), new_q, m_first)
+    tl.store(p_tail_after + (KEYS + rows) * (CONV - 1), new_k, m_first)
+    tl.store(p_tail_after + (2 * KEYS + o_value) * (CONV - 1), new_v, m_v)
 
 
 @triton.jit
-def _move_on(p_tail, p_after, o, new, mask, CONV: tl.constexpr):
-    """The inputs that the next token finds: all but the oldest, and the new one."""
-    for i in tl.static_range(CONV - 2):
-        tl.store(p_after + o * (CONV - 1) + i, tl.load(p_tail + o * (CONV - 1) + i + 1, mask, 0.0), mask)
-    tl.store(p_after + o * (CONV - 1) + CONV - 2, new, mask)
-
-
-@triton.jit
-def _add_pairs(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def _add_triples(a, b, c, d, e, f):
-    return a + d, b + e, c + f
-
-
-@triton.jit
-def _silu(x):
-    return x / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _softplus(x):
-    """log(1 + exp(x)), also where it is nearly 0, which the slowest decays are."""
-    e = tl.exp(-tl.abs(x))
-    series = e * (1.0 - e * (0.5 - e * (0.3333333333 - e * 0.25)))
-    return tl.maximum(x, 0.0) + tl.where(e < 0.01, series, tl.log(1.0 + e))
+def _now(x, ASM: tl.constexpr):
+    """x, computed by here: compilers would put its conversion off until after the wait."""
+    if ASM:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+    else:
+        return x

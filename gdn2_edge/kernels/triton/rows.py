@@ -47,7 +47,8 @@ def embed_kernel(
     x = x.reshape(BLOCK)
     tl.store(p_x + i_b * D + o, x, mask)
     tl.store(p_squares + i_b * tl.num_programs(0) + tl.program_id(0), tl.sum(x * x))
-    write_activation(p_values + i_b * D, p_high, p_low, p_unit, x * gain, o, mask, D, BLOCK, VALUES, PLANES)
+    start = tl.program_id(0) * BLOCK
+    write_activation(p_values + i_b * D, p_high, p_low, p_unit, x * gain, start, D, D, BLOCK, VALUES, PLANES)
 
 
 @triton.jit

@@ -135,54 +135,44 @@ def load_values(
     HARDWARE_FP8: tl.constexpr,
 ):
     """Exact fp32 values at rows o_n [N, 1] and columns o_k [1, M], 0 where masked: for single rows."""
+    codes, scale = load_codes(p_w, p_scale, o_n, o_k, m_n, m_k, K, FORMAT, GROUP, HARDWARE_FP8)
+    return codes * scale
+
+
+@triton.jit
+def load_codes(
+    p_w,
+    p_scale,
+    o_n,
+    o_k,
+    m_n,
+    m_k,
+    K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    HARDWARE_FP8: tl.constexpr,
+):
+    """The same values before a scale for the whole row, which int8 and fp8 have, and that scale [N, 1], else 1."""
     mask = m_n & m_k
     row = o_n.to(tl.int64)
-    if FORMAT == "int4":
-        words = tl.load(p_w + row * (K // 8) + o_k // 8, mask, 0)
-        codes = (words >> ((o_k % 8) * 4)) & 15
-        scale = tl.load(p_scale + row * (K // GROUP) + o_k // GROUP, mask, 0.0).to(tl.float32)
-        return (codes - 8).to(tl.float32) * scale
-    elif FORMAT == "fp8":
+    scale = tl.full(o_n.shape, 1.0, tl.float32)
+    if FORMAT == "int8" or FORMAT == "fp8":
         codes = tl.load(p_w + row * K + o_k, mask, 0)
-        if HARDWARE_FP8:
+        scale = tl.load(p_scale + row, m_n, 0.0)
+        if FORMAT == "int8":  # as in _byte; the exclusive or also adds 128
+            bits = codes.to(tl.uint8, bitcast=True).to(tl.int32) ^ 0x4B000080
+            values = bits.to(tl.float32, bitcast=True) - 8388736.0
+        elif HARDWARE_FP8:
             values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
         else:
             bits = codes.to(tl.int16)
             bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
             values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-        return values * tl.load(p_scale + row, m_n, 0.0)
-    elif FORMAT == "int8":
-        return tl.load(p_w + row * K + o_k, mask, 0).to(tl.float32) * tl.load(p_scale + row, m_n, 0.0)
+    elif FORMAT == "int4":
+        words = tl.load(p_w + row * (K // 8) + o_k // 8, mask, 0)
+        codes = (words >> ((o_k % 8) * 4)) & 15
+        group_scale = tl.load(p_scale + row * (K // GROUP) + o_k // GROUP, mask, 0.0).to(tl.float32)
+        values = (codes - 8).to(tl.float32) * group_scale
     else:
-        return tl.load(p_w + row * K + o_k, mask, 0.0).to(tl.float32)
-
-
-@triton.jit
-def load_words(p_w, p_scale, o_n, m_n, K: tl.constexpr, K_2: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr):
-    """Rows o_n of a small matrix as int32 words [N, K_2 / weights a word], and scales: [N], for int4 one a word."""
-    PER_WORD: tl.constexpr = weights_per_word(FORMAT)
-    o_w = tl.arange(0, K_2 // PER_WORD)[None, :]
-    row = o_n.to(tl.int64)[:, None]
-    mask = m_n[:, None] & (o_w < K // PER_WORD)
-    words = tl.load(p_w.to(tl.pointer_type(tl.int32)) + row * (K // PER_WORD) + o_w, mask, 0)
-    if FORMAT == "int4":
-        scale = tl.load(p_scale + row * (K // GROUP) + o_w * PER_WORD // GROUP, mask, 0.0).to(tl.float32)
-    elif FORMAT == "int8" or FORMAT == "fp8":
-        scale = tl.load(p_scale + o_n, m_n, 0.0)
-    else:
-        scale = tl.full(o_n.shape, 1.0, tl.float32)
-    return words, scale
-
-
-@triton.jit
-def words_times(
-    words, scale, p_x, K: tl.constexpr, K_2: tl.constexpr, FORMAT: tl.constexpr, HARDWARE_FP8: tl.constexpr
-):
-    """What `load_words` gave times x, fp32 [K]: [N]."""
-    PER_WORD: tl.constexpr = weights_per_word(FORMAT)
-    values = word_values(words, FORMAT, HARDWARE_FP8)
-    o_w = tl.arange(0, K_2 // PER_WORD)
-    y = tl.zeros(words.shape, tl.float32)
-    for j in tl.static_range(PER_WORD):
-        y += values[j] * tl.load(p_x + o_w * PER_WORD + j, o_w < K // PER_WORD, 0.0)[None, :]
-    return tl.sum(y * scale, 1) if FORMAT == "int4" else tl.sum(y, 1) * scale
+        values = tl.load(p_w + row * K + o_k, mask, 0.0).to(tl.float32)
+    return values, scale

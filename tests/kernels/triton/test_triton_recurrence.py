@@ -136,7 +136,7 @@ class Run:
         for buffer in (out.values, out.unit, out.squares):
             buffer.fill_(torch.nan)
         out.high.fill_(99)
-        vectors = torch.full((c.batch, c.HV, parts, 4, padded), torch.nan, device=self.device)
+        vectors = torch.full((c.batch, c.HV, parts, 2, c.block_v), torch.nan, device=self.device)
         on_device = [weight.data.to(self.device) for weight in (self.g_bias, self.A_log, self.dt_bias, self.o_norm)]
         (f_format, *f), (g_format, *g) = stored(self.f), stored(self.g)
         f, g = ([x.to(self.device) if isinstance(x, Tensor) else x for x in w] for w in (f, g))
@@ -148,7 +148,8 @@ class Run:
             y.stride(0), c.K**-0.5, c.erase_scale,
             H=c.H, HV=c.HV, K=c.K, V=c.V, RANK=c.V, CONV=c.conv, K_2=padded, RANK_2=triton.next_power_of_2(c.V),
             BLOCK_V=c.block_v, F_FORMAT=f_format, F_GROUP=f[2], G_FORMAT=g_format, G_GROUP=g[2], GATE=c.gate,
-            VALUES=values, PLANES=planes, HARDWARE_FP8=gpu.hardware_fp8, PDL=gpu.pdl, **pdl_options(gpu.pdl),
+            VALUES=values, PLANES=planes, ASM=gpu.asm, HARDWARE_FP8=gpu.hardware_fp8,
+            PDL=gpu.pdl, **pdl_options(gpu.pdl),
         )  # fmt: skip
         return out
 

@@ -16,11 +16,10 @@ from gdn2_edge.kernels.triton.launch import gpu_of
 from gdn2_edge.kernels.triton.stored import (
     WEIGHTS_PER_WORD,
     dot4,
+    load_codes,
     load_values,
-    load_words,
     stored,
     word_values,
-    words_times,
 )
 from gdn2_edge.weights import Dense, Fp8, Int4, Joined, fp8_values, pack_int4
 
@@ -143,8 +142,11 @@ def rows_kernel(
         p_w, p_scale, rows[:, None], o_k[None, :], m_n[:, None], m_k[None, :], K, FORMAT, GROUP, HARDWARE_FP8
     )
     tl.store(p_values + o_n[:, None] * K_2 + o_k[None, :], values, m_n[:, None])
-    words, scale = load_words(p_w, p_scale, rows, m_n, K, K_2, FORMAT, GROUP)
-    tl.store(p_product + o_n, words_times(words, scale, p_x, K, K_2, FORMAT, HARDWARE_FP8), m_n)
+    codes, scale = load_codes(
+        p_w, p_scale, rows[:, None], o_k[None, :], m_n[:, None], m_k[None, :], K, FORMAT, GROUP, HARDWARE_FP8
+    )
+    x = tl.load(p_x + o_k, m_k, 0.0)
+    tl.store(p_product + o_n, tl.sum(codes * x[None, :], 1) * tl.sum(scale, 1), m_n)
 
 
 @pytest.mark.parametrize("format", FORMATS)
