@@ -118,15 +118,19 @@ def decode_kernel(
     p_y += i_b.to(tl.int64) * y_stride
     p_gates = p_y + 2 * KEYS + VALUE_DIM
     p_ranks = p_gates + KEYS + VALUE_DIM
-    f_input = ()
-    for i in tl.static_range(0, RANK_2, COLUMNS):
-        f_input = f_input + (tl.load(p_ranks + i + o_column, i + o_column < RANK, 0.0),)
-    g_input = tl.load(p_ranks + RANK + o_rank, m_rank, 0.0)
     new_q = tl.load(p_y + rows, m_k, 0.0)
     new_k = tl.load(p_y + KEYS + rows, m_k, 0.0)
     new_v = tl.load(p_y + 2 * KEYS + o_value, m_v, 0.0)
     erase = tl.load(p_gates + rows, m_k, 0.0)
     write = tl.load(p_gates + KEYS + o_value, m_v, 0.0)
+    # The inputs of f and g together, one a thread, which waits here for all of them. f_input then comes from the cache
+    # nearby: a thread needs too much of it to have asked for all at once.
+    o_both = tl.arange(0, 2 * RANK_2)
+    both = tl.load(p_ranks + o_both // RANK_2 * RANK + o_both % RANK_2, o_both % RANK_2 < RANK, 0.0)
+    _, g_input = both.reshape(2, RANK_2).permute(1, 0).split()
+    f_input = ()
+    for i in tl.static_range(0, RANK_2, COLUMNS):
+        f_input = f_input + (tl.load(p_ranks + i + o_column, i + o_column < RANK, 0.0),)
 
     q, k = new_q * q_newest + q_past, new_k * k_newest + k_past
     q *= sigmoid(q, ASM)
