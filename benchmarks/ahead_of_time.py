@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from gdn2_edge.kernels.triton import attention, chunk
+from gdn2_edge.kernels.triton import attention
 
 KB = 1024
 
@@ -124,7 +124,7 @@ def pretending(target: Target) -> Iterator[torch.device]:
         multi_processor_count=target.multiprocessors,
         shared_memory_per_block_optin=target.shared_bytes,
     )
-    caches = [attention._frequencies, chunk._tiles]
+    caches = [attention._frequencies]
     with (
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
         mock.patch.object(torch.version, "hip", "6.4" if target.is_amd else None),

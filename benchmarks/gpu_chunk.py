@@ -5,7 +5,7 @@
 Correctness first: ours against float64, at several lengths. Then one call, of bf16 inputs and an fp32 state at the
 shapes of the 1.3B model, is timed in two ways: `call` from Python, with what launching takes where that is longer, and
 `graph` inside a CUDA graph, which is what the GPU itself takes. flash-linear-attention joins in where it is installed.
---tune times other tiles than `chunk.WIDE`, first those of the factors, then those of the scan.
+--tune times other tiles than `chunk.TILES`, first those of the factors, then those of the scan.
 """
 
 from __future__ import annotations
@@ -115,18 +115,18 @@ def measure(rule: Rule, inputs: dict[str, Tensor]) -> dict[str, dict[str, float]
 
 def candidates() -> Iterator[chunk._Tiles]:
     """Other tiles: the factors' beside today's scan, then the scan's beside today's factors."""
-    for block_k, num_stages, maxnreg in itertools.product((32, 64), (1, 2, 3), (None, 168)):
-        options = {"num_warps": 4, "num_stages": num_stages} | ({"maxnreg": maxnreg} if maxnreg else {})
-        yield replace(chunk.WIDE, block_k=block_k, factors=options)
-    for block_v, num_warps, num_stages in itertools.product((16, 32, 64), (4, 8), (2, 3, 4)):
-        yield replace(chunk.WIDE, block_v=block_v, scan={"num_warps": num_warps, "num_stages": num_stages})
+    for block_k, num_warps, num_stages in itertools.product((32, 64, 128), (1, 2, 4), (1, 2)):
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        yield replace(chunk.TILES, block_k=block_k, factors=options)
+    for block_v, num_warps, num_stages in itertools.product((16, 32, 64), (2, 4, 8), (2, 3, 4)):
+        yield replace(chunk.TILES, block_v=block_v, scan={"num_warps": num_warps, "num_stages": num_stages})
 
 
 def tune(*shape: int) -> None:
     """Print what a call takes with other tiles, fastest first for the longest prompt."""
     inputs = [make_inputs(shape[0], T, *shape[1:]) for T in TUNE_TOKENS]
     found = []
-    for tiles in [chunk.WIDE, *candidates()]:
+    for tiles in [chunk.TILES, *candidates()]:
         chunk._tiles = lambda *_, tiles=tiles: tiles
         try:
             times = [measure(chunk_gated_delta_rule2, x)["graph"]["median"] for x in inputs]

@@ -29,6 +29,8 @@ EMBED_BLOCK = 128
 # The recurrence of many sequences: value channels of a program, which are fewer where there were too few programs, and
 # rows it takes at once, fewer than threads: the compiler then leaves the state where each thread has loaded it.
 MAX_BLOCK_V, MIN_STATE_PROGRAMS, STATE_ROWS = 64, 512, 64
+# Of a mixer's threads, two programs a multiprocessor. Left alone, NVIDIA's assembler saves some, and so puts off loads.
+MIXER_REGISTERS: dict[bool, dict[str, int]] = {True: {"maxnreg": 128}, False: {}}
 
 
 @dataclass(frozen=True)
@@ -329,6 +331,7 @@ class DecodeStep:
             ASM=self.gpu.asm,
             HARDWARE_FP8=self.gpu.hardware_fp8,
             num_warps=8,
+            **MIXER_REGISTERS[self.gpu.asm],
         )
         return out
 

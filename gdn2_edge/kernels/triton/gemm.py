@@ -35,7 +35,7 @@ class Tile(NamedTuple):
 # BLOCK_M -> Tile. Each program reads all of x, which is 2 BLOCK_M / BLOCK_N bytes from the L2 a weight beside its own
 # bits: many rows want tall tiles. Shared memory stays below 99 KB.
 _INT4 = {16: Tile(64, 128, 4, 6), 32: Tile(128, 128, 8, 5), 64: Tile(128, 128, 8, 4), 128: Tile(128, 64, 8, 4)}
-_BYTE = {16: Tile(64, 128, 4, 6), 32: Tile(128, 128, 8, 4), 64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 4)}
+_BYTE = {16: Tile(64, 128, 4, 6), 32: Tile(128, 128, 8, 4), 64: Tile(64, 128, 4, 4), 128: Tile(128, 64, 8, 4)}
 _HALF = {16: Tile(64, 64, 4, 7), 32: Tile(64, 64, 4, 6), 64: Tile(128, 64, 8, 4), 128: Tile(128, 64, 8, 3)}
 TILES = {"int4": _INT4, "int8": _BYTE, "fp8": _BYTE, "bf16": _HALF, "fp16": _HALF}
 MAX_BLOCK_M = 128
@@ -45,9 +45,9 @@ AMD_MAX_BLOCK_M, AMD_TILE = 64, Tile(64, 64, 8, 2)  # 64 KB of shared memory, an
 
 # K is cut in up to MAX_SPLITS parts: while there are not more programs than this, about one for each SM of a large GPU,
 # and each part has MIN_STEPS of BLOCK_K.
-MAX_PROGRAMS = 160
+MAX_PROGRAMS = 132
 MAX_SPLITS = 8
-MIN_STEPS = 3
+MIN_STEPS = 8
 # Bytes of each row of a program's weights that are fetched into the L2 while the kernel before still runs.
 PREFETCH_BYTES = tl.constexpr(512)
 
