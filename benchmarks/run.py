@@ -64,6 +64,7 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.config, self.tokens, self.formats = args.config, args.tokens, args.formats
         self.prompts, self.group_size, self.seed = args.prompt_tokens, args.group_size, args.seed
+        self.context, self.batch = args.context, args.batch
         self.device = pick_device(args.device)
         self.cuda = self.device.type == "cuda"
         self.hybrid = "sliding_attention" in self.source("bf16").spec.layer_types
@@ -78,9 +79,20 @@ class Run:
         for format in self.formats:
             say(f"runtime, {format}")
             source = self.source(format)
-            report = bench(source, str(self.device), tokens=self.tokens, prompt_tokens=self.prompts)
+            report = bench(
+                source,
+                str(self.device),
+                tokens=self.tokens,
+                prompt_tokens=self.prompts,
+                context=self.context,
+                batch=self.batch,
+            )
             decode, band = report.decode, report.bandwidth
             moved = band.bytes_per_token.total
+            if report.batch is not None:
+                of_all = moved + (self.batch - 1) * (moved - band.bytes_per_token.weights)
+                name = f"runtime, {self.batch} sequences"
+                yield row(name, format, asdict(report.batch.milliseconds_per_token), None, of_all)
             yield row("runtime", format, asdict(decode.milliseconds_per_token), decode.graph_milliseconds, moved) | {
                 "runtime": report.runtime,
                 "launches_per_token": decode.launches_per_token,
@@ -266,6 +278,8 @@ def main() -> int:
     parser.add_argument("--group-size", type=int, default=128, help="for int4")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--prompt-tokens", nargs="+", type=int, help="for runtime; by default as for gdn2-edge bench")
+    parser.add_argument("--context", type=int, default=CHECK_TOKENS, help="tokens before those timed, for runtime")
+    parser.add_argument("--batch", type=int, default=1, help="for runtime: also so many sequences at once")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help=f"add a line to benchmarks/results/{NAME}.jsonl")

@@ -176,6 +176,14 @@ def test_what_a_runtime_says_of_itself_is_reported(tiny: Model) -> None:
     assert measure_decode(tiny, 10).launches_per_token is None
 
 
+def test_decoding_starts_behind_its_context() -> None:
+    model = load_model(hybrid("bf16"), "cpu")
+    assert measure_decode(model, 3, context=50).first_position - measure_decode(model, 3, context=1).first_position == 49
+    report = bench(hybrid("bf16"), "cpu", tokens=3, prompt_tokens=[2], context=50, batch=2)
+    assert report.batch is not None
+    assert report.batch.first_position == report.decode.first_position > 50
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("format", ["bf16", "int8"])
 def test_report_on_a_gpu(format: str) -> None:

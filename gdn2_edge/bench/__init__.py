@@ -107,6 +107,7 @@ def bench(
     *,
     tokens: int = DECODE_TOKENS,
     prompt_tokens: Sequence[int] | None = None,
+    context: int = CHECK_TOKENS,
     batch: int = 1,
     progress: Progress = lambda stage: None,
 ) -> Report:
@@ -117,6 +118,7 @@ def bench(
         device, dtype, runtime: as for `load`.
         tokens: how many to decode, at least 2.
         prompt_tokens: lengths of prompts to feed; None is 64 and 512, and on a GPU 4096 and 16384 too.
+        context: tokens fed before those that are timed; from a model's window on, attention has all it ever reads.
         batch: sequences decoded together in a second run, if more than 1.
         progress: called with what begins.
     Raises:
@@ -140,11 +142,11 @@ def bench(
 
     _reset_memory(where)
     progress(f"decoding {tokens} tokens")
-    decode = measure_decode(model, tokens)
+    decode = measure_decode(model, tokens, context)
     together = None
     if batch > 1:
         progress(f"decoding {tokens} tokens of {batch} sequences")
-        together = measure_decode(model, tokens, batch)
+        together = measure_decode(model, tokens, context, batch)
     prefill = []
     for length in prompt_tokens:
         progress(f"feeding {length} tokens")
@@ -167,12 +169,11 @@ def bench(
     )
 
 
-def measure_decode(runtime: Runtime, tokens: int, batch: int = 1) -> Decode:
-    """Decode `tokens` greedy tokens of each of `batch` sequences after a short prompt and a warm-up."""
+def measure_decode(runtime: Runtime, tokens: int, context: int = CHECK_TOKENS, batch: int = 1) -> Decode:
+    """Decode `tokens` greedy tokens of each of `batch` sequences after a prompt of `context` tokens and a warm-up."""
     sampler, milliseconds = Sampler(GREEDY, batch), []
-    logits, state = runtime.prefill(
-        random_ids(runtime.spec.vocab_size, batch, CHECK_TOKENS), runtime.initial_state(batch)
-    )
+    prompt = random_ids(runtime.spec.vocab_size, batch, context)
+    logits, state = runtime.prefill(prompt, runtime.initial_state(batch))
     token = sampler(logits, state.position)
     for _ in range(WARM_UP_TOKENS):
         token, state = runtime.generate_step(token, state, sampler)
@@ -186,7 +187,7 @@ def measure_decode(runtime: Runtime, tokens: int, batch: int = 1) -> Decode:
     return Decode(
         sequences=batch,
         tokens=tokens,
-        first_position=CHECK_TOKENS + WARM_UP_TOKENS,
+        first_position=context + WARM_UP_TOKENS,
         milliseconds_per_token=_times(milliseconds),
         tokens_per_second=1e3 * batch * tokens / sum(milliseconds),
         launches_per_token=getattr(runtime, "launches_per_token", None) if batch == 1 else None,

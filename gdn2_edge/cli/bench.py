@@ -29,6 +29,9 @@ def bench(
         list[int] | None,
         typer.Option(min=1, max=1 << 20, help="Length of a prompt to feed; may be given again.", show_default=False),
     ] = None,
+    context: Annotated[
+        int, typer.Option(min=1, max=1 << 20, help="Tokens before those that are timed: fills a window.")
+    ] = 32,
     batch: Annotated[int, typer.Option(min=1, max=4096, help="Also decode so many sequences together.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
@@ -67,6 +70,7 @@ def bench(
             runtime,
             tokens=tokens,
             prompt_tokens=prompt_tokens,
+            context=context,
             batch=batch,
             progress=show,
         )
