@@ -12,9 +12,12 @@ gives wrong results). A barrier that waits too long gives up and says so, it can
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, wait
 from functools import partial
+from multiprocessing import get_context
 from typing import NamedTuple
 
 import torch
@@ -54,9 +57,11 @@ class Design(NamedTuple):
 # in_proj, o_proj, w12, w3 and the head; of a chain as in gemv.py, where w12 counts in halves.
 CHAIN = (Cut(4, 4, 512, 2), Cut(2, 4, 2048, 2), Cut(8, 4, 512, 2), Cut(4, 2, 2048, 1), Cut(4, 4, 512, 2))
 CHAIN_WARPS = 4
-ROWS_4 = (Cut(0, 4, 512, 2), Cut(0, 4, 512, 2), Cut(0, 4, 512, 2), Cut(0, 2, 2048, 2), Cut(0, 4, 512, 2))
-ROWS_8 = (Cut(0, 4, 1024, 4), Cut(0, 4, 1024, 4), Cut(0, 4, 1024, 4), Cut(0, 2, 4096, 3), Cut(0, 4, 1024, 4))
-DESIGNS = (Design(2, 4, True, ROWS_4), Design(2, 4, False, ROWS_4), Design(1, 8, True, ROWS_8))
+ROWS, WIDE = Cut(0, 4, 512, 2), Cut(0, 4, 1024, 3)
+TWO = (ROWS, ROWS, ROWS, Cut(0, 1, 2048, 2), ROWS)
+THREE = tuple(cut._replace(ahead=1) if cut is ROWS else cut for cut in TWO)
+ONE = (WIDE, WIDE, WIDE, Cut(0, 2, 4096, 2), WIDE)
+DESIGNS = (Design(2, 4, False, TWO), Design(2, 4, True, TWO), Design(3, 4, False, THREE), Design(1, 8, False, ONE))
 
 # The thread that polls gives up after so many tries, many times longer than a product takes.
 POLLS = 1 << 14
@@ -119,8 +124,9 @@ def _tile(p_w, p_scale, start, end, t, M: tl.constexpr):
     for i in tl.static_range(CHUNKS):
         o_v = i * (BLOCK_K // 16) + tl.arange(0, BLOCK_K // 16)
         mask = ((o_n < end)[:, None] & (o_v < K // 16)[None, :])[:, :, None]
-        tile = tile + (tl.load(p_words + row + (o_v[None, :, None] * 4 + o_word), mask, 0),)
-    return tile + (tl.load(p_scale + OUT_AT + o_n, o_n < end, 0.0)[None, :],)
+        tile += (tl.load(p_words + row + (o_v[None, :, None] * 4 + o_word), mask, 0),)
+    tile += (tl.load(p_scale + OUT_AT + o_n, o_n < end, 0.0)[None, :],)
+    return tile
 
 
 @triton.jit
@@ -128,7 +134,7 @@ def _first_tiles(p_w, p_scale, start, end, M: tl.constexpr):
     AHEAD: tl.constexpr = M[3]
     w = ()
     for t in tl.static_range(AHEAD):
-        w = w + _tile(p_w, p_scale, start, end, t, M)
+        w += _tile(p_w, p_scale, start, end, t, M)
     return w
 
 
@@ -168,21 +174,21 @@ def _multiply(
         inside = (o_v < K // 16) & (no_row == 0)
         for p in tl.static_range(2):
             p_words = (p_low if p else p_high).to(tl.pointer_type(tl.int32)) + IN_AT // 4
-            x = x + (tl.load(p_words + o_w, inside, 0, cache_modifier=".cg"),)
-        x = x + (tl.load(p_unit + IN_AT // UNIT + o_w, inside, 0.0, cache_modifier=".cg"),)
+            x += (tl.load(p_words + o_w, inside, 0, cache_modifier=".cg"),)
+        x += (tl.load(p_unit + IN_AT // UNIT + o_w, inside, 0.0, cache_modifier=".cg"),)
     o_n = start + tl.arange(0, ROWS)
     mask = o_n < end
 
     # Sums of each thread; they are added up over threads once, at the end.
     sums = tl.zeros((TILES, BLOCK_K // 16, BLOCK_N), tl.float32)
     o_tile = tl.arange(0, TILES)[:, None, None]
-    full = tl.maximum(tl.cdiv(end - start, BLOCK_N) - AHEAD, 0)
-    for t in range(full):
-        w = w + _tile(p_w, p_scale, start, end, t + AHEAD, M)
-        sums = tl.where(o_tile == t, _sums(w, x, 0, CHUNKS, ASM)[None, :, :], sums)
-        w = w[CHUNKS + 1 :]
+    last = tl.maximum(tl.cdiv(end - start, BLOCK_N * AHEAD) - 1, 0) * AHEAD
+    for t in range(0, last, AHEAD):  # a tile is asked for into the registers of the one that was just used
+        for i in tl.static_range(AHEAD):
+            sums = tl.where(o_tile == t + i, _sums(w, x, 0, CHUNKS, ASM)[None, :, :], sums)
+            w = w[CHUNKS + 1 :] + _tile(p_w, p_scale, start, end, t + i + AHEAD, M)
     for i in tl.static_range(AHEAD):
-        sums = tl.where(o_tile == full + i, _sums(w, x, i * (CHUNKS + 1), CHUNKS, ASM)[None, :, :], sums)
+        sums = tl.where(o_tile == last + i, _sums(w, x, i * (CHUNKS + 1), CHUNKS, ASM)[None, :, :], sums)
     following = ()
     if NEXT is not None:
         following = _first_tiles(p_next, p_next_scale, next_start, next_end, NEXT)
@@ -220,7 +226,7 @@ def persistent_kernel(
     BYTES: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, MATRICES: tl.constexpr, EARLY: tl.constexpr,
     BARRIERS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """All products. BYTES, CHANNELS: of the weights and activations of a layer. ROWS, MATRICES: of four and the head."""
+    """All products. BYTES, CHANNELS: weights and activations of a layer. ROWS, MATRICES: of four and the head."""
     SMS: tl.constexpr = PROGRAMS // PER_SM
     i = tl.program_id(0) % SMS * PER_SM + tl.program_id(0) // SMS  # neighbours in one multiprocessor
     start, end = _share(ROWS[0], i, PROGRAMS)
@@ -302,14 +308,18 @@ class Products:
         return [(layer, j) for layer in range(self.layers) for j in range(4)] + [(self.layers, 4)]
 
     def pointers(self, layer: int) -> tuple[Tensor, ...]:
+        """Weights, scales and the three parts of activations from a layer on."""
         at = layer * self.channels
-        return (self.weights[layer * self.bytes :], self.scale[at:], self.high[at:], self.low[at:], self.unit[at // 4 :])
+        weights = self.weights[layer * self.bytes :]
+        return weights, self.scale[at:], self.high[at:], self.low[at:], self.unit[at // 4 :]
 
     def matrix(self, j: int, cut: Cut, tiles: int) -> tuple[int, ...]:
+        """As kernels take it; tiles: the most that a program has."""
         places = (self.weights_at[j], self.out_at[j], self.in_at[j])
-        return (self.shapes[j][1], *cut[1:], triton.next_power_of_2(max(tiles, cut.ahead)), *places)
+        return (self.shapes[j][1], *cut[1:], triton.next_power_of_2(triton.cdiv(tiles, cut.ahead) * cut.ahead), *places)
 
     def chain(self, pdl: bool) -> None:
+        """A launch a product."""
         for layer, j in self.order():
             rows, cut = self.shapes[j][0], CHAIN[j]
             grid = (triton.cdiv(rows, cut.tiles * cut.block_n),)
@@ -317,23 +327,27 @@ class Products:
             options = {"num_warps": CHAIN_WARPS, "launch_pdl": pdl}
             product_kernel[grid](*self.pointers(layer), rows, matrix, cut.tiles * cut.block_n, pdl, **options)
 
-    def persistent(self, design: Design, programs: int, barriers: bool = True, asm: bool = True) -> None:
+    def persistent(
+        self, design: Design, programs: int, barriers: bool = True, asm: bool = True, compile_only: bool = False
+    ) -> None:
+        """One launch; without ASM for Triton's interpreter, one program without barriers."""
         matrices = []
         for j, cut in enumerate(design.cuts):
             most = triton.cdiv(self.shapes[j][0] // 4, programs) * 4
             matrices.append(self.matrix(j, cut, triton.cdiv(most, cut.block_n)))
-        sizes = (programs, design.per_sm, self.layers, self.bytes, self.channels, tuple(rows for rows, _ in self.shapes))
-        options = {"num_warps": design.warps, "num_stages": 1, "launch_cooperative_grid": True} if asm else {}
-        self.barrier.zero_()
-        persistent_kernel[(programs,)](
-            *self.pointers(0), self.barrier, *sizes, tuple(matrices), design.early, barriers, asm, **options
-        )
+        rows = tuple(rows for rows, _ in self.shapes)
+        sizes = (programs, design.per_sm, self.layers, self.bytes, self.channels, rows)
+        registers = min(255, 65536 // (32 * design.warps * design.per_sm) // 8 * 8)  # so that all programs fit
+        options = {"num_warps": design.warps, "maxnreg": registers, "launch_cooperative_grid": True} if asm else {}
+        self.barrier[:1].zero_()
+        kernel = persistent_kernel
+        launch = partial(kernel.warmup, grid=(programs,)) if compile_only else kernel[(programs,)]
+        launch(*self.pointers(0), self.barrier, *sizes, tuple(matrices), design.early, barriers, asm, **options)
 
     def barriers(self, programs: int, warps: int) -> None:
-        self.barrier.zero_()
-        barriers_kernel[(programs,)](
-            self.barrier, len(self.order()) - 1, num_warps=warps, launch_cooperative_grid=True
-        )
+        """As many as a step has."""
+        self.barrier[:1].zero_()
+        barriers_kernel[(programs,)](self.barrier, len(self.order()) - 1, num_warps=warps, launch_cooperative_grid=True)
 
     def values(self, at: int, count: int) -> Tensor:
         """Activations in fp64."""
@@ -359,6 +373,32 @@ class Products:
         return worst
 
 
+def all_products() -> Products:
+    """Those of the 1.3B model."""
+    return Products(torch.device("cuda"), [*SHAPES.values(), HEAD], LAYERS)
+
+
+def compile_persistent(design: Design, barriers: bool) -> None:
+    """Into Triton's cache on disk, for other processes."""
+    sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+    all_products().persistent(design, design.per_sm * sms, barriers, compile_only=True)
+
+
+def compile_chain(pdl: bool) -> None:
+    """The same, by running it."""
+    all_products().chain(pdl)
+    torch.cuda.synchronize()
+
+
+def measure(run: Callable[[], None]) -> float:
+    """Seconds of a run, several times in one CUDA graph; without a graph where it cannot be captured."""
+    try:
+        return graph_seconds(lambda: [run() for _ in range(STEPS)]) / STEPS  # type: ignore[func-returns-value]
+    except RuntimeError as problem:
+        print(f"(no graph: {str(problem).splitlines()[0][:100]})")
+        return float(triton.testing.do_bench(run, warmup=10, rep=100, return_mode="median")) / 1e3
+
+
 def main() -> int:
     """Check, time, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -367,9 +407,13 @@ def main() -> int:
     if not torch.cuda.is_available() or torch.version.hip or torch.cuda.get_device_capability() < (9, 0):
         print("This needs an NVIDIA GPU of sm_90 or later.")
         return 1
+    with ProcessPoolExecutor(min(10, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(compile_persistent, design, barriers) for design in DESIGNS for barriers in (True, False)]
+        jobs += [pool.submit(compile_chain, pdl) for pdl in (False, True)]
+        wait(jobs)  # what does not compile fails again below
     device = torch.device("cuda")
     sms, rate = torch.cuda.get_device_properties(device).multi_processor_count, read_rate(device)
-    products = Products(device, [*SHAPES.values(), HEAD], LAYERS)
+    products = all_products()
     num_bytes = products.weights.nbytes + products.scale.nbytes
     count = len(products.order())
 
@@ -397,15 +441,17 @@ def main() -> int:
     print(f"{'':48}{'ms':>8}{'GB/s':>8}{'share':>8}{'error':>10}", flush=True)
     figures, failed = {}, False
     for name, (run, reads, is_right) in runs.items():
+        products.barrier.zero_()
         try:
             error = max(products.worst_error(run, seed) for seed in (1, 2)) if is_right else 0.0
-            seconds = graph_seconds(lambda run=run: [run() for _ in range(STEPS)]) / STEPS  # type: ignore[misc]
-            torch.cuda.synchronize()
+            run()
+            gave_up = bool(products.barrier[32].item())
+            seconds = float("nan") if gave_up else measure(run)
+            gave_up = gave_up or bool(products.barrier[32].item())
         except Exception as problem:  # of one kernel: the others count without it
             failed = True
             print(f"{name:48} {type(problem).__name__}: {str(problem)[:200]}", flush=True)
             continue
-        gave_up = bool(products.barrier[32].item())
         failed |= gave_up or error > TOLERANCE
         speed = f"{num_bytes / seconds / 1e9:8.0f}{num_bytes / seconds / rate:8.1%}" if reads else " " * 16
         shown = f"{error:10.1g}" if is_right else ""
