@@ -246,13 +246,16 @@ class TritonModel(Model):
             number = decoder.run(choose=True)
         source, target, spare = blocks
         after = self._state(now.position + 1, target, now.ring)
-        # Not with rings: a step writes the slot that the one before it would need if it had to be repeated.
-        number_ahead = None if self.spec.kv_heads else decoder.run(choose=True)
-        chosen = decoder.wait(number)[:B]
-        if bool((chosen < 0).any()):
-            raise BackendError(NOT_FINITE)
-        if number_ahead is not None:
-            decoder.ahead = Ahead(chosen, after, sampling, s, (target, spare, source), number_ahead)
+        number_ahead = decoder.run(choose=True)
+        try:
+            chosen = decoder.wait(number)[:B]
+            if bool((chosen < 0).any()):
+                raise BackendError(NOT_FINITE)
+        except BaseException:
+            if self.spec.kv_heads:  # the step ahead wrote a slot that this one needs if it is repeated
+                decoder.step.take_back(now.ring, now.position + 1)
+            raise
+        decoder.ahead = Ahead(chosen, after, sampling, s, (target, spare, source), number_ahead)
         sampling.record(chosen)
         return chosen, after
 

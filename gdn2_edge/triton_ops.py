@@ -176,6 +176,9 @@ class DecodeStep:
                 multiprocessors=self.gpu.multiprocessors,
             )
             self.attention_scratch = floats(*shape)
+            places = [place for here in self.layout.offsets for name, place in here.items() if name.startswith("ring")]
+            self.rings = torch.tensor(places, device=device)
+            self.kept_slots = floats(batch, len(places), spec.kv_heads * D)
         if not single:
             # fp32 rows where fp32 is asked for, and in the interpreter, which multiplies no bf16.
             half = torch.float32 if dtype == torch.float32 or device.type != "cuda" else torch.bfloat16
@@ -212,6 +215,13 @@ class DecodeStep:
             logits, scratch = self.logits, self.sample_scratch
             sample.sample(logits, self.position, self.options, self.recent, self.token, scratch, pdl=self.gpu.pdl)
 
+    def take_back(self, ring: Tensor, position: Tensor) -> None:
+        """Undo what the last step wrote into the rings [B, ring_floats], being at position [B], on the CPU."""
+        row = self.kept_slots.shape[2]
+        for b, slot in enumerate((position % self.spec.window).tolist()):
+            for i, place in enumerate(self.rings.tolist()):
+                ring[b, place + slot * row :][:row] = self.kept_slots[b, i]
+
     def _embed(self) -> None:
         """The residual stream of each sequence's token."""
         weight, out, is_single = self.weights.embed, self.inputs[0], self.batch == 1
@@ -243,6 +253,10 @@ class DecodeStep:
         )
         if self.spec.kv_heads:
             attention.rotary_angles(self.position, self.spec.rope_base, self.angles, pdl=self.gpu.pdl)
+            attention.keep_slots(
+                self.position, self.base, self.ring, self.rings, self.kept_slots,
+                window=self.spec.window, pdl=self.gpu.pdl,
+            )  # fmt: skip
 
     def _layer(self, i: int, layer: Layer) -> None:
         weights = self.weights

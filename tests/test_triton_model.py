@@ -318,21 +318,24 @@ def test_a_clone_is_independent(make: Make) -> None:
 
 
 def test_a_step_leaves_the_state_before_it_whole(make: Make) -> None:
-    """Of models without rings: the same step again gives the same bits."""
-    model = make(GDN2)
-    _, state = model.step(ids(3), model.initial_state())
+    """The same step again gives the same bits; in a ring it writes over what has just left the window."""
+    model = make(HYBRID)
+    _, state = model.prefill(torch.tensor([HISTORY]), model.initial_state())
     first, _ = model.step(ids(4), state)
     again, _ = model.step(ids(4), state)
     assert torch.equal(first, again)
 
 
+@pytest.mark.parametrize("spec", [GDN2, HYBRID], ids=["gdn2", "hybrid"])
 @pytest.mark.parametrize("which", [1, 2], ids=["the first step", "the one that was ahead"])
 def test_a_failed_wait_leaves_the_state_before_it_whole(
-    which: int, make: Make, monkeypatch: pytest.MonkeyPatch
+    which: int, spec: dict[str, Any], make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make(GDN2)
+    """The rings too, where the step ahead has written over what the failed one needs."""
+    model = make(spec)
     sampler = Sampler(SAMPLINGS["sampled"])
-    token, state = ids(3), model.initial_state()
+    _, state = model.prefill(torch.tensor([HISTORY]), model.initial_state())
+    token = ids(3)
     if which == 2:
         token, state = model.generate_step(token, state, sampler)
     recent = sampler.recent.clone()
@@ -345,7 +348,7 @@ def test_a_failed_wait_leaves_the_state_before_it_whole(
         with pytest.raises(KeyboardInterrupt):
             model.generate_step(token, state, sampler)
     assert torch.equal(sampler.recent, recent)
-    fed = [3] if which == 1 else [3, int(token)]
+    fed = [*HISTORY, 3] if which == 1 else [*HISTORY, 3, int(token)]
     expected = Sampler(sampler.sampling, recent=recent)(logits_after(model, fed).cpu(), torch.tensor([len(fed)]))
     chosen, _ = model.generate_step(token, state, sampler)
     assert chosen.tolist() == expected.tolist()

@@ -184,6 +184,29 @@ def _merge_parts(
     write_activation(p_out, p_high, p_low, p_unit, b_out, start, start + D, channels, BLOCK_D, SPLIT, PLANES)
 
 
+@triton.jit
+def _keep_slots(
+    p_position,
+    p_base,
+    p_offset,
+    p_rings,
+    p_kept,
+    WINDOW: tl.constexpr,
+    ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    i_ring, i_batch = tl.program_id(0), tl.program_id(1)
+    wait_for_previous(PDL)
+    let_next_start(PDL)
+    slot = tl.load(p_position + i_batch) % WINDOW
+    p_slot = p_base + tl.load(p_offset + i_batch) * OFFSET_FLOATS + tl.load(p_rings + i_ring) + slot * ROW
+    p_kept += (i_batch * tl.num_programs(0) + i_ring) * ROW
+    for start in range(0, ROW, BLOCK):
+        o = start + tl.arange(0, BLOCK)
+        tl.store(p_kept + o, tl.load(p_slot + o, mask=o < ROW, other=0.0), mask=o < ROW)
+
+
 @cache
 def _frequencies(base: float, half: int, device: torch.device) -> Tensor:
     # On the CPU whatever the device: far out, the last bit of a frequency is a visible angle, and every device must
@@ -205,6 +228,25 @@ def rotary_angles(position: Tensor, base: float, table: Tensor, *, pdl: bool = F
     frequency = _frequencies(base, half, table.device)
     block = triton.next_power_of_2(half)
     _rotary_angles[(batch,)](position, frequency, table, half, block, pdl, num_warps=1, **pdl_options(pdl))
+
+
+def keep_slots(
+    position: Tensor, base: Tensor, offset: Tensor, rings: Tensor, kept: Tensor, *, window: int, pdl: bool = False
+) -> None:
+    """What `window_decode` is about to write over in every ring: where a step must be taken back, it is needed again.
+
+    Args:
+        position: int64 [B], tokens before this one.
+        base: fp32, flat; the rings [window, HK, D] of all sequences are in it.
+        offset: int64 [B], as for `window_decode`.
+        rings: int64 [rings], floats from there to each.
+        kept: fp32 [B, rings, HK D], written.
+    """
+    batch, count, row = kept.shape
+    block = min(1024, triton.next_power_of_2(row))
+    _keep_slots[(count, batch)](
+        position, base, offset, rings, kept, WINDOW=window, ROW=row, BLOCK=block, PDL=pdl, **pdl_options(pdl)
+    )
 
 
 def count_splits(window: int, heads: int, multiprocessors: int) -> int:
