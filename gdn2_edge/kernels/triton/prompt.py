@@ -112,34 +112,35 @@ def prepare_kernel(
     p_rows = p_y + o_t.to(tl.int64)[:, None] * y_stride
     p_tail += i_b * tail_stride
     p_new_tail += i_b * (CHANNELS * (CONV - 1))
+    # No name has a tile in both branches: the compiler would want them of one shape.
     if i_head < H:
         o_k = tl.arange(0, K_2)
         o_q, mask_k = i_head * K + o_k, o_k < K
-        mask = is_token & mask_k[None, :]
-        o_out = row * KEYS + o_q[None, :]
+        mask_tk = is_token & mask_k[None, :]
+        o_tk = row * KEYS + o_q[None, :]
         size = tl.num_programs(2).to(tl.int64) * T * KEYS
         q = _l2_norm(_short_conv(p_y, p_tail, p_conv, first, o_q, mask_k, T, y_stride, CONV, BLOCK_T))
-        tl.store(p_q + o_out, q.to(p_q.dtype.element_ty), mask)
+        tl.store(p_q + o_tk, q.to(p_q.dtype.element_ty), mask_tk)
         k = _l2_norm(_short_conv(p_y, p_tail, p_conv, first, KEYS + o_q, mask_k, T, y_stride, CONV, BLOCK_T))
-        tl.store(p_q + size + o_out, tl.where(is_counted, k, 0.0).to(p_q.dtype.element_ty), mask)
-        b = tl.load(p_rows + CHANNELS + o_q[None, :], mask, 0.0).to(tl.float32)
-        tl.store(p_q + 2 * size + o_out, (sigmoid(b, False) * erase_scale).to(p_q.dtype.element_ty), mask)
-        f = tl.load(p_f + o_out, mask, 0.0).to(tl.float32) + tl.load(p_dt_bias + o_q, mask_k, 0.0)[None, :]
+        tl.store(p_q + size + o_tk, tl.where(is_counted, k, 0.0).to(p_q.dtype.element_ty), mask_tk)
+        b = tl.load(p_rows + CHANNELS + o_q[None, :], mask_tk, 0.0).to(tl.float32)
+        tl.store(p_q + 2 * size + o_tk, (sigmoid(b, False) * erase_scale).to(p_q.dtype.element_ty), mask_tk)
+        f = tl.load(p_f + o_tk, mask_tk, 0.0).to(tl.float32) + tl.load(p_dt_bias + o_q, mask_k, 0.0)[None, :]
         g = -tl.exp(tl.load(p_A_log + i_head)) * softplus(f)
-        tl.store(p_g + o_out, tl.where(is_counted, g, 0.0), mask)
+        tl.store(p_g + o_tk, tl.where(is_counted, g, 0.0), mask_tk)
         if first == 0:
             _keep_tail(p_y, p_tail, p_new_tail, count, o_q, mask_k, y_stride, CONV)
             _keep_tail(p_y, p_tail, p_new_tail, count, KEYS + o_q, mask_k, y_stride, CONV)
     else:
         o_v = tl.arange(0, V_2)
         o_value, mask_v = (i_head - H) * V + o_v, o_v < V
-        mask = is_token & mask_v[None, :]
-        o_out = row * VALUES + o_value[None, :]
+        mask_tv = is_token & mask_v[None, :]
+        o_tv = row * VALUES + o_value[None, :]
         v = _short_conv(p_y, p_tail, p_conv, first, 2 * KEYS + o_value, mask_v, T, y_stride, CONV, BLOCK_T)
-        tl.store(p_v + o_out, v.to(p_v.dtype.element_ty), mask)
-        w = tl.load(p_rows + CHANNELS + KEYS + o_value[None, :], mask, 0.0).to(tl.float32)
+        tl.store(p_v + o_tv, v.to(p_v.dtype.element_ty), mask_tv)
+        w = tl.load(p_rows + CHANNELS + KEYS + o_value[None, :], mask_tv, 0.0).to(tl.float32)
         w = sigmoid(w, False)
-        tl.store(p_w + o_out, tl.where(is_counted, w, 0.0).to(p_w.dtype.element_ty), mask)
+        tl.store(p_w + o_tv, tl.where(is_counted, w, 0.0).to(p_w.dtype.element_ty), mask_tv)
         if first == 0:
             _keep_tail(p_y, p_tail, p_new_tail, count, 2 * KEYS + o_value, mask_v, y_stride, CONV)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
+OTHER_SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "layer_types": ["gdn2", "sliding_attention"],
+    "num_heads": 1,
+    "num_v_heads": 2,
+    "head_k_dim": 16,
+    "head_v_dim": 32,
+    "output_gate": "silu",
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "sliding_window": 4,
+    "rope_theta": 10000.0,
+}
 
 
 def compile_for(*arguments: str, timeout: float) -> None:
@@ -39,6 +56,13 @@ def compile_for(*arguments: str, timeout: float) -> None:
 )
 def test_a_step_compiles_and_fits(format: str, targets: list[str]) -> None:
     compile_for("--formats", format, "--targets", *targets, "--uses", "token", timeout=900)
+
+
+def test_heads_whose_keys_and_values_differ_in_size(tmp_path: Path) -> None:
+    """The interpreter lets a name have one shape in a branch and another in the other; the compiler does not."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(OTHER_SIZES))
+    compile_for("--config", str(config), "--formats", "int8", "--targets", "sm_90", timeout=900)
 
 
 @pytest.mark.slow
