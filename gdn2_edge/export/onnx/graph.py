@@ -20,6 +20,7 @@ IR_VERSION = 11
 MICROSOFT = "com.microsoft"
 GDN2_DOMAIN = "ai.gdn2"
 BITS = {
+    TensorProto.INT64: 64,
     TensorProto.FLOAT: 32,
     TensorProto.FLOAT16: 16,
     TensorProto.INT8: 8,

@@ -6,6 +6,8 @@ flow in fp32, or in fp16 with norms, gates, convolution and recurrence in fp32, 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -48,6 +50,7 @@ class OnnxOps:
     def __init__(self, graph: Graph, spec: ModelSpec, type: int, portable: bool) -> None:
         self.graph, self.spec, self.type, self.portable = graph, spec, type, portable
         self._layer = 0
+        self._made: dict[str, tuple[str, ...]] = {}
 
     def embed(self, tokens: Value, weight: Weight) -> Value:
         return self._cast(Value(*embedding(self.graph, tokens.name, _deferred(weight), self.type)), self.type)
@@ -138,12 +141,37 @@ class OnnxOps:
         return Value(o, FLOAT, self.spec.num_v_heads), Value(state)
 
     def rope(self, x: Value, position: Value, base: float) -> Value:
-        raise NotImplementedError
+        cos, sin = self._shared(f"rope/{base}", partial(self._angles, position, base))
+        first, second = self.graph.nodes_of("Split", self._by_head(self._cast(x)), outputs=2, axis=-1, num_outputs=2)
+        rotated = self.graph.node(
+            "Concat",
+            self.graph.node("Sub", self._times(first, cos), self._times(second, sin)),
+            self.graph.node("Add", self._times(first, sin), self._times(second, cos)),
+            axis=-1,
+        )
+        return Value(self._merged(rotated), FLOAT, x.heads)
 
     def window_attention(
         self, q: Value, k: Value, v: Value, ring_k: Value, ring_v: Value, position: Value
     ) -> tuple[Value, Value, Value]:
-        raise NotImplementedError
+        bias, source = self._shared("window", partial(self._window, position))
+        graph, D, groups = self.graph, self.spec.attention_head_dim, q.heads // k.heads
+        all_k, all_v = (
+            graph.node("Concat", ring.name, self._by_head(self._cast(x)), axis=1)  # [B, window + T, HK, D]
+            for ring, x in ((ring_k, k), (ring_v, v))
+        )
+        # The queries of a group of heads are rows of one matrix: [B, HK, groups * T, D].
+        grouped = graph.node("Reshape", q.name, graph.constant([0, 0, k.heads, groups, D]))
+        grouped = graph.node("Transpose", grouped, perm=[0, 2, 3, 1, 4])  # [B, HK, groups, T, D]
+        scaled = self._times(grouped, graph.constant(D**-0.5, FLOAT))
+        keys = graph.node("Unsqueeze", graph.node("Transpose", all_k, perm=[0, 2, 3, 1]), graph.constant([2]))
+        values = graph.node("Unsqueeze", graph.node("Transpose", all_v, perm=[0, 2, 1, 3]), graph.constant([2]))
+        scores = graph.node("Add", graph.node("MatMul", scaled, keys), bias)  # [B, HK, groups, T, window + T]
+        o = graph.node("MatMul", graph.node("Softmax", scores, axis=-1), values)
+        o = graph.node("Transpose", o, perm=[0, 3, 1, 2, 4])
+        o = graph.node("Reshape", o, graph.constant([0, 0, q.heads * D]))
+        new_k, new_v = (graph.node("GatherND", x, source, batch_dims=1) for x in (all_k, all_v))
+        return Value(o, FLOAT, q.heads), Value(new_k), Value(new_v)
 
     def advance(self, position: Value, tokens: Value) -> Value:
         return position
@@ -162,6 +190,71 @@ class OnnxOps:
         done = body(self, spec, layer, x, state, position)
         self.graph.scope = scope
         return done
+
+    def _angles(self, position: Value, base: float) -> tuple[str, ...]:
+        """cos and sin [B, T, 1, D / 2] of the rotary angles.
+
+        In fp64 and in turns, whose whole part is dropped before fp32: exact far out, and no fp64 sine is needed, which
+        not every runtime has.
+        """
+        graph, D = self.graph, self.spec.attention_head_dim
+        channels = torch.arange(0, D, 2, dtype=torch.float64) / D
+        turns_a_token = graph.constant((base**-channels / (2 * math.pi)).tolist(), TensorProto.DOUBLE)
+        steps = graph.node("Cast", graph.node("Unsqueeze", position.name, graph.constant([2])), to=TensorProto.DOUBLE)
+        turns = self._times(steps, turns_a_token)
+        turns = graph.node("Sub", turns, graph.node("Floor", turns))
+        # Half a turn back: between -pi and pi fp32 is finer. Both signs change, see the negation below.
+        half, circle = (graph.constant(x, TensorProto.DOUBLE) for x in (0.5, 2 * math.pi))
+        angles = self._times(graph.node("Sub", turns, half), circle)
+        angles = graph.node("Unsqueeze", graph.node("Cast", angles, to=FLOAT), graph.constant([2]))
+        return tuple(graph.node("Neg", graph.node(function, angles)) for function in ("Cos", "Sin"))
+
+    def _window(self, position: Value) -> tuple[str, ...]:
+        """What all attention layers share: the mask as a bias [B, 1, 1, T, window + T], and which of the window + T
+        keys each slot of the new ring takes [B, window, 1].
+        """
+        graph, window = self.graph, self.spec.window
+        size, zero, one = graph.constant(window), graph.constant(0), graph.constant(1)
+        slots = graph.initializer("window.slots", TensorProto.INT64, (1, window), partial(_slots, window))
+        axis, queries = graph.constant([1]), position.name
+        start = graph.node("Slice", queries, graph.constant([0]), graph.constant([1]), axis)
+        end = graph.node("Slice", queries, graph.constant([-1]), graph.constant([2**31 - 1]), axis)
+
+        def held(last: str) -> str:
+            """The position in each slot once `last` was written; negative while it is empty."""
+            return graph.node("Sub", last, graph.node("Mod", graph.node("Sub", last, slots), size))
+
+        keys = graph.node("Concat", held(graph.node("Sub", start, one)), queries, axis=1)
+        keys = graph.node("Unsqueeze", keys, axis)
+        rows = graph.node("Unsqueeze", queries, graph.constant([2]))
+        seen = graph.node(
+            "And",
+            graph.node("GreaterOrEqual", keys, zero),
+            graph.node(
+                "And",
+                graph.node("LessOrEqual", keys, rows),
+                graph.node("Greater", keys, graph.node("Sub", rows, size)),
+            ),
+        )
+        bias = graph.node("Where", seen, graph.constant(0.0, FLOAT), graph.constant(-math.inf, FLOAT))
+        now = held(end)
+        moved = graph.node("Add", graph.node("Sub", now, start), size)
+        source = graph.node("Where", graph.node("GreaterOrEqual", now, start), moved, slots)
+        return (
+            graph.node("Unsqueeze", bias, graph.constant([1, 2])),
+            graph.node("Unsqueeze", source, graph.constant([2])),
+        )
+
+    def _shared(self, key: str, make: Callable[[], tuple[str, ...]]) -> tuple[str, ...]:
+        """Values that do not depend on the layer, made once, outside of the layers."""
+        if key not in self._made:
+            scope, self.graph.scope = self.graph.scope, f"{key}/"
+            self._made[key] = make()
+            self.graph.scope = scope
+        return self._made[key]
+
+    def _times(self, x: str, y: str) -> str:
+        return self.graph.node("Mul", x, y)
 
     def as_fp32(self, x: Value) -> Value:
         """The value in fp32."""
@@ -192,6 +285,10 @@ def _deferred(weight: Weight) -> Deferred:
     if not isinstance(weight, Deferred):
         raise TypeError(f"{weight.name} is a {type(weight).__name__}, and not read from a checkpoint when written")
     return weight
+
+
+def _slots(window: int) -> Tensor:
+    return torch.arange(window)[None]
 
 
 def _negative_rate(A_log: Weight, channels: int) -> Tensor:
