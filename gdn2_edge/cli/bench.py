@@ -87,7 +87,8 @@ def _print(report: Report) -> None:
     check, band = report.check, report.bandwidth
     print(f"{report.model}\n{report.runtime}, {report.device}")
     error = max(check.prefill_error, check.step_error)
-    print(f"checked: logits within {error:.1g} of the plain path's (at most {check.tolerance:g}), greedy ids repeat\n")
+    other = "logits within {} of the plain path's" if check.plain else "prompt's logits within {} of single steps'"
+    print(f"checked: {other.format(f'{error:.1g}')} (at most {check.tolerance:g}), greedy ids repeat\n")
     rows = [_decode_row(report.decode)]
     if report.batch is not None:
         rows.append(_decode_row(report.batch))
