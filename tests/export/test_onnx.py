@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx", reason="the extra onnx is not installed")
+pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
 import numpy as np
+import onnx
+import torch
 from onnx import TensorProto, numpy_helper
+from onnx_running import Exported, largest_differences
 from safetensors.torch import load_file
+from torch import Tensor
 
 from gdn2_edge.bench.random_weights import RandomWeights
 from gdn2_edge.checkpoint.files import TensorInfo
@@ -34,8 +36,6 @@ from gdn2_edge.quantize import quantize_checkpoint
 from gdn2_edge.quantize.recipe import Planned, make_recipe, plan
 from gdn2_edge.spec import ModelSpec
 from gdn2_edge.weights import Dense, Weight
-
-from onnx_running import Exported, largest_differences
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # Largest difference over the standard deviation. The order of sums differs.
@@ -337,9 +337,7 @@ def test_quantizing_on_the_way_is_quantizing_before(quantized: Model, tmp_path: 
         export_onnx(quantized.path, tmp_path / "Z", "fp16")
 
 
-def test_weights_in_a_file_of_their_own(
-    golden: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_in_a_file_of_their_own(golden: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export_onnx(golden.path, tmp_path / "X")
     monkeypatch.setattr(writer, "INLINE_BYTES", 1000)
     report = export_onnx(golden.path, tmp_path / "Y")
@@ -401,5 +399,27 @@ def test_what_is_refused(source: Path, options: dict[str, Any], message: str, tm
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="exists. Choose another --out"):
+    with pytest.raises(CheckpointError, match=r"exists\. Choose another --out"):
         export_tiny(tmp_path)
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from gdn2_edge import cli
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["gdn2-edge", "export", "onnx", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    out = str(tmp_path / "X")
+    code, said, _ = run("tiny", "--out", out, "--format", "int4", "--dry-run")
+    assert code == 0
+    assert "would hold model.onnx, config.json" in said
+    assert not (tmp_path / "X").exists()
+    code, said, _ = run("tiny", "--out", out, "--format", "int4", "--json")
+    assert code == 0
+    assert json.loads(said)["format"] == "int4"
+    assert run("tiny", "--out", out) == (1, "", f"error: {out} exists. Choose another --out.\n")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert 'pip install "gdn2-edge[onnx]"' in run("tiny", "--out", str(tmp_path / "Y"))[2]

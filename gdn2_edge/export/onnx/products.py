@@ -25,7 +25,7 @@ from gdn2_edge.export.onnx.weights import Deferred, Run
 from gdn2_edge.weights import Dense, Fp8, Int4, Int8, Weight, check_finite, fp8_values
 
 FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
-TORCH_DTYPES = {FLOAT: torch.float32, FLOAT16: torch.float16}
+TORCH_DTYPES: dict[int, torch.dtype] = {FLOAT: torch.float32, FLOAT16: torch.float16}
 # Products with activations rounded to 8 bits, a scale a block: without it 8-bit products are 80 to 200 times slower.
 ACCURACY_LEVEL = 4
 # Values that share a scale in MatMulNBits, in the weights and in the rounded activations. Stored scales are repeated:
