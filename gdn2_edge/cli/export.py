@@ -25,7 +25,7 @@ def onnx(
         str | None,
         typer.Option(help="fp32, fp16, int8, int4 or fp8; as stored if not given. The last three quantize."),
     ] = None,
-    portable: Annotated[bool, typer.Option("--portable", help="Standard operators only: slower, runs anywhere.")] = False,
+    portable: Annotated[bool, typer.Option("--portable", help="Standard operators only; slower.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and check, write nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
@@ -37,7 +37,12 @@ def onnx(
     try:
         with progress("Exporting", quiet) as show:
             done = export_onnx(
-                model_path(src), Path(out), format, portable=portable, dry_run=dry_run, progress=None if dry_run else show
+                model_path(src),
+                Path(out),
+                format,
+                portable=portable,
+                dry_run=dry_run,
+                progress=None if dry_run else show,
             )
     except KeyboardInterrupt:
         typer.echo("\nStopped; nothing was kept.", err=True)

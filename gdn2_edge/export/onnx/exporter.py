@@ -141,7 +141,7 @@ def _chosen_format(checkpoint: Checkpoint, format: str | None) -> str:
 
 @contextlib.contextmanager
 def _beside(out: Path) -> Iterator[Path]:
-    """A folder to work in beside `out`, gone when the block ends; its subfolder "model" becomes `out` if it ends well."""
+    """A folder to work in beside `out`, gone when the block ends; if it ends well, "model" in it becomes `out`."""
     made = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ def build(source: Source, type: int, portable: bool) -> tuple[onnx.ModelProto, l
         inputs.append(helper.make_tensor_value_info(POSITIONS, TensorProto.INT64, ["batch", "sequence"]))
     outputs = [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["batch", "sequence", spec.vocab_size])]
     for name, (past, present) in names.items():
-        shape = ["batch", *shapes[name][1:]]
+        shape: list[str | int | None] = ["batch", *shapes[name][1:]]
         inputs.append(helper.make_tensor_value_info(past, TensorProto.FLOAT, shape))
         outputs.append(helper.make_tensor_value_info(present, TensorProto.FLOAT, shape))
     onnx_graph = helper.make_graph(graph.nodes, MODEL_TYPE, inputs, outputs, list(graph.constants.values()))

@@ -19,7 +19,7 @@ OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 11
 MICROSOFT = "com.microsoft"
 GDN2_DOMAIN = "ai.gdn2"
-BITS = {
+BITS: dict[int, int] = {
     TensorProto.INT64: 64,
     TensorProto.FLOAT: 32,
     TensorProto.FLOAT16: 16,

@@ -6,7 +6,7 @@ Knows stored layouts and checkpoints; not onnx.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -113,7 +113,7 @@ class DeferredReader(WeightReader):
     """The tree of weights of a model, none of them read."""
 
     source: Source
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
     ready: Callable[[Weight], Weight] = _as_it_is
 
     def vector(self, *names: str) -> Weight:
