@@ -45,7 +45,9 @@ LOGITS_TOLERANCE = 2e-5
 STATE_TOLERANCE = 8e-5
 # Rounded activations (accuracy_level 4) against torch's, which are finer.
 KL_TOLERANCE = 1e-3
-TOP_1 = 0.99
+# Rounding flips near ties: over 8192 tokens of held-out text 98.7 % (int8) and 98.8 % (int4) of the likeliest tokens
+# are the same, and every other one led by less than 0.2. The few hundred tokens here are a coarser sample.
+TOP_1, CLEAR_LEAD = 0.98, 0.3
 CUTS = ([0, 192], [0, 1, 2, 7, 60, 61, 130, 192], [0, 47, 48, 49, 96, 191, 192], list(range(193)))
 STANDARD = {"ai.onnx", "ai.gdn2"}
 
@@ -145,7 +147,10 @@ def test_quantized_models(quantized: Model, ids: Tensor, portable: bool, tmp_pat
     expected = quantized.forward(ids)[0].log_softmax(-1)
     found = Exported(tmp_path / "X", quantized.spec).run(ids)[0].log_softmax(-1)
     assert float((expected.exp() * (expected - found)).sum(-1).mean()) <= KL_TOLERANCE
-    assert float((expected.argmax(-1) == found.argmax(-1)).float().mean()) >= TOP_1
+    same = expected.argmax(-1) == found.argmax(-1)
+    assert float(same.float().mean()) >= TOP_1
+    first, second = expected.topk(2).values.unbind(-1)
+    assert same[first - second > CLEAR_LEAD].all()
 
 
 def check_weights(model: Any, checkpoint: Path) -> None:

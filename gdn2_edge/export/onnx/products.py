@@ -112,9 +112,10 @@ def _dequantized(graph: Graph, run: Run) -> str:
         codes = graph.initializer(
             *(run.name + "_codes", TensorProto.INT4, (columns, rows), partial(_stored, run.load, _int4_signed)),
         )
-        shape = (columns // run.group_size, rows)
-        scale = graph.initializer(run.name + "_scale", FLOAT, shape, partial(_stored, run.load, _scales_transposed))
-        return graph.node("DequantizeLinear", codes, scale, axis=0, block_size=run.group_size)
+        # Blocks as in MatMulNBits, which ONNX Runtime makes of this.
+        make = partial(_stored, run.load, partial(_block_scales_transposed, times=run.group_size // BLOCK))
+        scale = graph.initializer(run.name + "_scale", FLOAT, (columns // BLOCK, rows), make)
+        return graph.node("DequantizeLinear", codes, scale, axis=0, block_size=BLOCK)
     type = TensorProto.INT8 if run.layout is Int8 else TensorProto.FLOAT8E4M3FN
     codes = graph.initializer(run.name + "_codes", type, (columns, rows), partial(_stored, run.load, _bytes_transposed))
     scale = graph.initializer(run.name + "_scale", FLOAT, (rows,), partial(_stored, run.load, _scales))
@@ -125,8 +126,8 @@ def _bytes_transposed(weight: Weight) -> Tensor:
     return weight.tensors()[""].view(torch.uint8).t()
 
 
-def _scales_transposed(weight: Weight) -> Tensor:
-    return _scales(weight).t()
+def _block_scales_transposed(weight: Weight, times: int) -> Tensor:
+    return _block_scales(weight, times).t()
 
 
 def _int4_signed(weight: Weight) -> Tensor:
