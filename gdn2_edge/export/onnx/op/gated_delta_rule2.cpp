@@ -332,9 +332,9 @@ static OrtStatus* ORT_CALL create(const OrtCustomOp* op, const OrtApi* api, cons
   return nullptr;
 }
 
-// The outputs have the shapes of v and of past_state, symbols included. An input of unknown shape says nothing.
 static const OrtApi* shape_api;
 
+// The outputs have the shapes of v and of past_state. A dimension without a number or a name cannot be passed on.
 static OrtStatus* ORT_CALL infer_shapes(const OrtCustomOp*, OrtShapeInferContext* context) {
   const OrtApi* api = shape_api;
   for (size_t output = 0; output < 2; output++) {
@@ -342,7 +342,14 @@ static OrtStatus* ORT_CALL infer_shapes(const OrtCustomOp*, OrtShapeInferContext
     size_t rank = 0;
     RETURN_IF_ERROR(ort_get<ShapeInferContext_GetInputTypeShape>(api)(context, output ? 6 : 2, &info));
     RETURN_IF_ERROR(ort_get<GetDimensionsCount>(api)(info, &rank));
-    if (rank) RETURN_IF_ERROR(ort_get<ShapeInferContext_SetOutputTypeShape>(api)(context, output, info));
+    if (rank != (output ? 4u : 3u)) continue;
+    int64_t shape[4];
+    const char* names[4] = {};
+    RETURN_IF_ERROR(ort_get<GetDimensions>(api)(info, shape, rank));
+    RETURN_IF_ERROR(ort_get<GetSymbolicDimensions>(api)(info, names, rank));
+    bool known = true;
+    for (size_t i = 0; i < rank; i++) known = known && (shape[i] >= 0 || (names[i] && *names[i]));
+    if (known) RETURN_IF_ERROR(ort_get<ShapeInferContext_SetOutputTypeShape>(api)(context, output, info));
   }
   return nullptr;
 }

@@ -54,6 +54,7 @@ ORT_FUNCTION(AddCustomOpDomain, 28, OrtStatus*, OrtSessionOptions*, OrtCustomOpD
 ORT_FUNCTION(GetTensorMutableData, 51, OrtStatus*, OrtValue*, void** out)
 ORT_FUNCTION(GetDimensionsCount, 61, OrtStatus*, const OrtTensorTypeAndShapeInfo*, size_t* out)
 ORT_FUNCTION(GetDimensions, 62, OrtStatus*, const OrtTensorTypeAndShapeInfo*, int64_t* out, size_t count)
+ORT_FUNCTION(GetSymbolicDimensions, 63, OrtStatus*, const OrtTensorTypeAndShapeInfo*, const char** out, size_t count)
 ORT_FUNCTION(GetTensorTypeAndShape, 65, OrtStatus*, const OrtValue*, OrtTensorTypeAndShapeInfo** out)
 ORT_FUNCTION(KernelInfoGetAttribute_float, 85, OrtStatus*, const OrtKernelInfo*, const char* name, float* out)
 ORT_FUNCTION(KernelInfoGetAttribute_int64, 86, OrtStatus*, const OrtKernelInfo*, const char* name, int64_t* out)
