@@ -61,7 +61,9 @@ def build_op(out: Path | None = None) -> Path:
             os.replace(made, library)
             stamp.write_text(digest, encoding="utf-8")
     except OSError as error:
-        raise BackendError(f"{library} cannot be written ({error}): free the place or choose another with --out") from error
+        raise BackendError(
+            f"{library} cannot be written ({error}): free the place or choose another with --out"
+        ) from error
     return library
 
 
@@ -113,7 +115,9 @@ def _compile(command: Sequence[str], library: Path) -> None:
         position = () if sys.platform == "win32" else ("-fPIC",)
         arguments = [*GNU_OPTIONS, *position, source, "-o", str(library)]
     try:
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, errors="replace", cwd=library.parent)
+        done = subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, errors="replace", cwd=library.parent
+        )
     except OSError as error:
         raise BackendError(f"the compiler {command[0]} cannot be run ({error}): name another in CXX") from error
     if done.returncode or not library.is_file():

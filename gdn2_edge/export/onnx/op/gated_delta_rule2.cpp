@@ -32,7 +32,7 @@
 #define INLINE static __forceinline
 #endif
 
-// Tokens that a block of columns meets in a row; least columns of a task; tasks that a call is divided into if it can be.
+// Tokens that a block of columns meets in a row; least columns of a task; tasks to make where there is work for them.
 enum { TOKENS = 16, UNIT = 32, MIN_TASKS = 16 };
 
 struct Call {
@@ -123,13 +123,21 @@ INLINE void from_floats(OrtType type, const float* from, int64_t n, void* to, in
     for (int64_t i = 0; i < n; i++) x[i] = bfloat_of_float(from[i]);
 }
 
+// Compiled with GDN2_LANES there is one version with vectors of so many floats, and nothing is chosen at run time.
+#if defined(X86) && defined(__GNUC__) && !defined(GDN2_LANES)
+#define CHOOSES 1
+#endif
+#ifndef GDN2_LANES
+#define GDN2_LANES 4
+#endif
+
 #define ISA baseline
-#define LANES 4
+#define LANES GDN2_LANES
 #include "recurrence.h"
 #undef ISA
 #undef LANES
 
-#if defined(X86) && defined(__GNUC__)
+#ifdef CHOOSES
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
@@ -168,9 +176,19 @@ static int lanes() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (saved & 0x6) != 0x6 || !(b >> 5 & 1)) return 4;  // AVX2
   return (saved & 0xe6) == 0xe6 && (b >> 16 & 1) ? 16 : 8;                                          // AVX512F
 }
-#else
-static int lanes() { return 4; }
 #endif
+
+static auto chosen_columns() {
+#ifdef CHOOSES
+  int width = lanes();
+  if (width == 8) return avx2::columns;
+  if (width == 16) return avx512::columns;
+#endif
+  return baseline::columns;
+}
+
+// Chosen when the library is loaded: in a virtual machine the question alone takes longer than a token.
+static const auto COLUMNS_OF_THIS_PROCESSOR = chosen_columns();
 
 static void task(void* data, size_t index) {
   Call& c = *(Call*)data;
@@ -229,7 +247,8 @@ static OrtStatus* get_tensor(const OrtApi* api, OrtKernelContext* context, size_
   OrtTensorTypeAndShapeInfo* info = nullptr;
   out->name = name;
   RETURN_IF_ERROR(ort_get<KernelContext_GetInput>(api)(context, index, &value));
-  if (!value) return error(api, ORT_INVALID_ARGUMENT, "GatedDeltaRule2: input %s is missing, expected %s.", name, meaning);
+  if (!value)
+    return error(api, ORT_INVALID_ARGUMENT, "GatedDeltaRule2: input %s is missing, expected %s.", name, meaning);
   RETURN_IF_ERROR(ort_get<GetTensorMutableData>(api)((OrtValue*)value, &out->data));
   RETURN_IF_ERROR(ort_get<GetTensorTypeAndShape>(api)(value, &info));
   OrtStatus* failed = ort_get<GetDimensionsCount>(api)(info, &out->rank);
@@ -251,13 +270,14 @@ static OrtStatus* check_shape(const OrtApi* api, const Tensor& x, const int64_t*
     for (size_t i = 0; i < x.rank; i++)
       length += snprintf(text[side] + length, sizeof text[side] - length, i ? ", %lld" : "%lld", (long long)shape[i]);
   }
-  return error(api, ORT_INVALID_ARGUMENT, "GatedDeltaRule2: %s has shape [%s], expected [%s], which is %s.", x.name, text[0],
-               text[1], meaning);
+  return error(api, ORT_INVALID_ARGUMENT, "GatedDeltaRule2: %s has shape [%s], expected [%s], which is %s.", x.name,
+               text[0], text[1], meaning);
 }
 
 static OrtStatus* ORT_CALL compute(void* self, OrtKernelContext* context) {
   static const char *const NAMES[] = {"q", "k", "v", "g", "b", "w"}, *const KEYS = "[batch, tokens, num_heads * K]",
-                           *const VALUES = "[batch, tokens, num_v_heads * V]", *const STATE = "[batch, num_v_heads, K, V]";
+                           *const VALUES = "[batch, tokens, num_v_heads * V]",
+                           *const STATE = "[batch, num_v_heads, K, V]";
   const Kernel& kernel = *(const Kernel*)self;
   const OrtApi* api = kernel.api;
   Tensor x[6], past;
@@ -268,6 +288,10 @@ static OrtStatus* ORT_CALL compute(void* self, OrtKernelContext* context) {
   Call c = {};
   c.B = x[0].shape[0], c.T = x[0].shape[1], c.H = kernel.H, c.HV = kernel.HV;
   c.K = x[0].shape[2] / c.H, c.V = x[2].shape[2] / c.HV;
+  if (c.K < 1)
+    return error(api, ORT_INVALID_ARGUMENT,
+                 "GatedDeltaRule2: q has %lld channels, expected num_heads = %lld times 1 or more.",
+                 (long long)x[0].shape[2], (long long)c.H);
   const int64_t keys[] = {c.B, c.T, c.H * c.K}, values[] = {c.B, c.T, c.HV * c.V}, state[] = {c.B, c.HV, c.K, c.V};
   for (size_t i = 0; i < 6; i++)
     RETURN_IF_ERROR(check_shape(api, x[i], i == 2 || i == 5 ? values : keys, i == 2 || i == 5 ? VALUES : KEYS));
@@ -279,8 +303,7 @@ static OrtStatus* ORT_CALL compute(void* self, OrtKernelContext* context) {
   RETURN_IF_ERROR(ort_get<KernelContext_GetOutput>(api)(context, 1, state, 4, &present));
   RETURN_IF_ERROR(ort_get<GetTensorMutableData>(api)(o, &c.o));
   RETURN_IF_ERROR(ort_get<GetTensorMutableData>(api)(present, &present_data));
-  if (c.T == 0 && present_data != past.data)
-    memcpy(present_data, past.data, c.B * c.HV * c.K * c.V * sizeof(float));
+  if (c.T == 0 && present_data != past.data) memcpy(present_data, past.data, c.B * c.HV * c.K * c.V * sizeof(float));
   if (c.T == 0 || c.B == 0 || c.V == 0) return nullptr;
 
   c.q = x[0].data, c.k = x[1].data, c.v = x[2].data, c.g = x[3].data, c.b = x[4].data, c.w = x[5].data;
@@ -289,12 +312,7 @@ static OrtStatus* ORT_CALL compute(void* self, OrtKernelContext* context) {
   c.scale = kernel.scale != 0 ? kernel.scale : 1 / sqrtf((float)c.K);
   c.heads_per_key = c.HV / c.H;
   c.K_padded = (c.K + 15) / 16 * 16;
-  c.columns = baseline::columns;
-#if defined(X86) && defined(__GNUC__)
-  int width = lanes();
-  if (width == 8) c.columns = avx2::columns;
-  if (width == 16) c.columns = avx512::columns;
-#endif
+  c.columns = COLUMNS_OF_THIS_PROCESSOR;
   // A whole head is a task where there are heads enough: its gates are then computed once.
   const int64_t units = (c.V + UNIT - 1) / UNIT, heads = c.B * c.HV;
   const int64_t wanted = heads * units / MIN_TASKS, units_per_task = wanted < 1 ? 1 : least(wanted, units);
@@ -324,7 +342,8 @@ static OrtStatus* ORT_CALL create(const OrtCustomOp* op, const OrtApi* api, cons
   if (kernel.H < 1 || kernel.HV < 1 || kernel.HV % kernel.H)
     return error(api, ORT_INVALID_ARGUMENT,
                  "GatedDeltaRule2: num_heads is %lld and num_v_heads %lld, expected positive numbers, the second a "
-                 "multiple of the first.", (long long)kernel.H, (long long)kernel.HV);
+                 "multiple of the first.",
+                 (long long)kernel.H, (long long)kernel.HV);
   Kernel* made = (Kernel*)malloc(sizeof kernel);
   if (!made) return error(api, ORT_FAIL, "GatedDeltaRule2: no memory for the operator, free some.");
   *made = kernel;
@@ -360,11 +379,16 @@ static Op make_op(OrtType type) {
   op.type = type;
   op.GetName = [](const OrtCustomOp*) { return "GatedDeltaRule2"; };
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };  // the CPU's
-  op.GetInputType = [](const OrtCustomOp* self, size_t i) { return i == 6 ? ORT_FLOAT : static_cast<const Op*>(self)->type; };
+  op.GetInputType = [](const OrtCustomOp* self, size_t i) {
+    return i == 6 ? ORT_FLOAT : static_cast<const Op*>(self)->type;
+  };
   op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return 7; };
-  op.GetOutputType = [](const OrtCustomOp* self, size_t i) { return i == 1 ? ORT_FLOAT : static_cast<const Op*>(self)->type; };
+  op.GetOutputType = [](const OrtCustomOp* self, size_t i) {
+    return i == 1 ? ORT_FLOAT : static_cast<const Op*>(self)->type;
+  };
   op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 2; };
-  op.GetInputCharacteristic = op.GetOutputCharacteristic = op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
+  op.GetInputCharacteristic = op.GetOutputCharacteristic =
+      op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
   op.GetVariadicInputMinArity = op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
   op.GetVariadicInputHomogeneity = op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
   op.CreateKernelV2 = create;

@@ -42,10 +42,10 @@ enum {
 enum OrtType { ORT_FLOAT = 1, ORT_FLOAT16 = 10, ORT_BFLOAT16 = 16 };
 
 // ORT_FUNCTION(CreateStatus, ...) is the type of a function, ort_get<CreateStatus>(api) the function itself.
-#define ORT_FUNCTION(name, place, result, ...)     \
-  struct name {                                    \
-    enum { at = place };                           \
-    typedef result(ORT_CALL* Type)(__VA_ARGS__);   \
+#define ORT_FUNCTION(name, place, result, ...)   \
+  struct name {                                  \
+    enum { at = place };                         \
+    typedef result(ORT_CALL* Type)(__VA_ARGS__); \
   };
 ORT_FUNCTION(CreateStatus, 0, OrtStatus*, int code, const char* message)
 ORT_FUNCTION(CreateCustomOpDomain, 26, OrtStatus*, const char* domain, OrtCustomOpDomain** out)
@@ -67,8 +67,8 @@ ORT_FUNCTION(ShapeInferContext_GetInputTypeShape, 268, OrtStatus*, const OrtShap
              OrtTensorTypeAndShapeInfo** out)
 ORT_FUNCTION(ShapeInferContext_SetOutputTypeShape, 270, OrtStatus*, const OrtShapeInferContext*, size_t index,
              const OrtTensorTypeAndShapeInfo*)
-ORT_FUNCTION(KernelContext_ParallelFor, 274, OrtStatus*, const OrtKernelContext*, void (*task)(void* data, size_t index),
-             size_t tasks, size_t batches, void* data)
+ORT_FUNCTION(KernelContext_ParallelFor, 274, OrtStatus*, const OrtKernelContext*,
+             void (*task)(void* data, size_t index), size_t tasks, size_t batches, void* data)
 #undef ORT_FUNCTION
 
 template <class F>
@@ -90,14 +90,15 @@ struct OrtCustomOp {
   void(ORT_CALL* KernelDestroy)(void* kernel);
   int(ORT_CALL* GetInputCharacteristic)(const OrtCustomOp*, size_t index);  // 0: required
   int(ORT_CALL* GetOutputCharacteristic)(const OrtCustomOp*, size_t index);
-  int(ORT_CALL* GetInputMemoryType)(const OrtCustomOp*, size_t index);   // 0: the provider's own [1.13]
-  int(ORT_CALL* GetVariadicInputMinArity)(const OrtCustomOp*);           // [1.14]
-  int(ORT_CALL* GetVariadicInputHomogeneity)(const OrtCustomOp*);        // [1.14]
-  int(ORT_CALL* GetVariadicOutputMinArity)(const OrtCustomOp*);          // [1.14]
-  int(ORT_CALL* GetVariadicOutputHomogeneity)(const OrtCustomOp*);       // [1.14]
-  OrtStatus*(ORT_CALL* CreateKernelV2)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*, void** kernel);  // [1.16]
-  OrtStatus*(ORT_CALL* KernelComputeV2)(void* kernel, OrtKernelContext*);                                        // [1.16]
-  OrtStatus*(ORT_CALL* InferOutputShapeFn)(const OrtCustomOp*, OrtShapeInferContext*);                           // [1.17]
-  int(ORT_CALL* GetStartVersion)(const OrtCustomOp*);                                                            // [1.17]
-  int(ORT_CALL* GetEndVersion)(const OrtCustomOp*);                                                              // [1.17]
+  int(ORT_CALL* GetInputMemoryType)(const OrtCustomOp*, size_t index);  // 0: the provider's own [1.13]
+  int(ORT_CALL* GetVariadicInputMinArity)(const OrtCustomOp*);          // [1.14]
+  int(ORT_CALL* GetVariadicInputHomogeneity)(const OrtCustomOp*);       // [1.14]
+  int(ORT_CALL* GetVariadicOutputMinArity)(const OrtCustomOp*);         // [1.14]
+  int(ORT_CALL* GetVariadicOutputHomogeneity)(const OrtCustomOp*);      // [1.14]
+  OrtStatus*(ORT_CALL* CreateKernelV2)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*,
+                                       void** kernel);                                  // [1.16]
+  OrtStatus*(ORT_CALL* KernelComputeV2)(void* kernel, OrtKernelContext*);               // [1.16]
+  OrtStatus*(ORT_CALL* InferOutputShapeFn)(const OrtCustomOp*, OrtShapeInferContext*);  // [1.17]
+  int(ORT_CALL* GetStartVersion)(const OrtCustomOp*);                                   // [1.17]
+  int(ORT_CALL* GetEndVersion)(const OrtCustomOp*);                                     // [1.17]
 };

@@ -21,8 +21,8 @@ INLINE Vec splat(float x) { return x - Vec{}; }
 struct Vec {
   float x[LANES];
 };
-#define EACH(expression)                     \
-  Vec c;                                     \
+#define EACH(expression)                               \
+  Vec c;                                               \
   for (int i = 0; i < LANES; i++) c.x[i] = expression; \
   return c
 INLINE Vec load(const float* x) { EACH(x[i]); }
@@ -65,7 +65,8 @@ static void make_token(const Call& c, int64_t batch, int64_t key_head, int64_t t
   }
 }
 
-// One pass over a block S [K, COLUMNS]: writes what token `past` leaves (if `writes`), reads for token `next` (if `reads`).
+// One pass over a block S [K, COLUMNS]: writes what token `past` leaves (if `writes`), reads for token `next` (if
+// `reads`).
 INLINE void pass(float* S, int64_t K, bool writes, const Token& past, const Vec* u, bool reads, const Token& next,
                  Vec* r, Vec* p) {
   Vec R[VECTORS], P[VECTORS], U[VECTORS];
@@ -74,15 +75,18 @@ INLINE void pass(float* S, int64_t K, bool writes, const Token& past, const Vec*
     if (writes) U[j] = u[j];
   }
   for (int64_t i = 0; i < K; i++, S += COLUMNS) {
+    Vec d, k, e, f;
+    if (writes) d = splat(past.d[i]), k = splat(past.k[i]);
+    if (reads) e = splat(next.e[i]), f = splat(next.f[i]);
     for (int j = 0; j < VECTORS; j++) {
       Vec s = load(S + j * LANES);
       if (writes) {
-        s = splat(past.d[i]) * s + splat(past.k[i]) * U[j];
+        s = d * s + k * U[j];
         store(S + j * LANES, s);
       }
       if (reads) {
-        R[j] = R[j] + splat(next.e[i]) * s;
-        P[j] = P[j] + splat(next.f[i]) * s;
+        R[j] = R[j] + e * s;
+        P[j] = P[j] + f * s;
       }
     }
   }
