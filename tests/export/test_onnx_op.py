@@ -364,7 +364,9 @@ def test_compiler_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_compiler_fails(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "GNU_OPTIONS", (*building.GNU_OPTIONS, "-DGDN2_LANES=banana"))
-    with pytest.raises(BackendError, match=r"could not compile gated_delta_rule2\.cpp .*error.*: name another compiler"):
+    with pytest.raises(
+        BackendError, match=r"could not compile gated_delta_rule2\.cpp .*error.*: name another compiler"
+    ):
         build_op(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -24,6 +24,8 @@
 #ifdef __GNUC__
 #include <cpuid.h>
 #endif
+#elif !defined(__GNUC__)
+#include <arm_neon.h>
 #endif
 
 #ifdef __GNUC__

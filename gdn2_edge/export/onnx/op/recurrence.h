@@ -17,21 +17,29 @@ typedef float UnalignedVec __attribute__((vector_size(4 * LANES), aligned(4), ma
 INLINE Vec load(const float* x) { return *(const UnalignedVec*)x; }
 INLINE void store(float* x, Vec value) { *(UnalignedVec*)x = value; }
 INLINE Vec splat(float x) { return x - Vec{}; }
+#else  // Microsoft's compiler
+#ifdef X86
+#define SIMD(name) _mm_##name##_ps
+typedef __m128 Register;
+INLINE Register load_register(const float* x) { return _mm_loadu_ps(x); }
+INLINE void store_register(float* x, Register value) { _mm_storeu_ps(x, value); }
+INLINE Register splat_register(float x) { return _mm_set1_ps(x); }
 #else
+#define SIMD(name) v##name##q_f32
+typedef float32x4_t Register;
+INLINE Register load_register(const float* x) { return vld1q_f32(x); }
+INLINE void store_register(float* x, Register value) { vst1q_f32(x, value); }
+INLINE Register splat_register(float x) { return vdupq_n_f32(x); }
+#endif
 struct Vec {
-  float x[LANES];
+  Register x;
 };
-#define EACH(expression)                               \
-  Vec c;                                               \
-  for (int i = 0; i < LANES; i++) c.x[i] = expression; \
-  return c
-INLINE Vec load(const float* x) { EACH(x[i]); }
-INLINE void store(float* x, Vec value) { memcpy(x, value.x, sizeof value.x); }
-INLINE Vec splat(float x) { EACH(x); }
-INLINE Vec operator+(Vec a, Vec b) { EACH(a.x[i] + b.x[i]); }
-INLINE Vec operator-(Vec a, Vec b) { EACH(a.x[i] - b.x[i]); }
-INLINE Vec operator*(Vec a, Vec b) { EACH(a.x[i] * b.x[i]); }
-#undef EACH
+INLINE Vec load(const float* x) { return Vec{load_register(x)}; }
+INLINE void store(float* x, Vec value) { store_register(x, value.x); }
+INLINE Vec splat(float x) { return Vec{splat_register(x)}; }
+INLINE Vec operator+(Vec a, Vec b) { return Vec{SIMD(add)(a.x, b.x)}; }
+INLINE Vec operator-(Vec a, Vec b) { return Vec{SIMD(sub)(a.x, b.x)}; }
+INLINE Vec operator*(Vec a, Vec b) { return Vec{SIMD(mul)(a.x, b.x)}; }
 #endif
 
 // What a token does to each row of S: K floats (and zeros up to K_padded) of d, k, e, f, and the factor of u in o.
