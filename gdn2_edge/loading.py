@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from gdn2_edge.checkpoint.onnx_file import is_export
 from gdn2_edge.errors import BackendError, CheckpointError
 from gdn2_edge.model import Model, WeightSource, load_model
 from gdn2_edge.runtime import Runtime
 from gdn2_edge.weights import Fp8
 
 MODEL_NAMES = {"tiny": Path(__file__).parent / "assets" / "tiny"}
-RUNTIMES = ("auto", "torch", "triton")
+RUNTIMES = ("auto", "torch", "triton", "onnx")
 # What `load` takes as dtype, by the names of the command line.
 ACTIVATIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 
@@ -37,14 +38,15 @@ def load(
     """Load a model.
 
     Args:
-        source: a checkpoint folder, "tiny" for the model that comes with the package, or a `WeightSource`.
+        source: a checkpoint folder, the folder of an ONNX export, "tiny" for the model that comes with the package,
+            or a `WeightSource`.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         dtype: of the activations; None is fp32 on a CPU and bf16 on a GPU. torch.float8_e4m3fn: bf16, rounded to fp8
-            for the products of long prompts with fp8 weights, on a GPU.
-        runtime: "torch" computes with torch alone; "triton" decodes in fused kernels, on a GPU; "auto" is triton where
-            it can be, torch otherwise.
+            for the products of long prompts with fp8 weights, on a GPU. An ONNX export has its own.
+        runtime: "torch" computes with torch alone; "triton" decodes in fused kernels, on a GPU; "onnx" is for ONNX
+            exports; "auto" is onnx for those, and else triton where it can be, torch otherwise.
     Returns:
-        The runtime: a `Model`, or for triton a `TritonModel`.
+        The runtime: a `Model`, for triton a `TritonModel`, for an ONNX export an `OnnxModel`.
     Raises:
         CheckpointError, SpecError: the checkpoint cannot be read or does not fit together.
         BackendError: the device or the runtime is not there.
@@ -53,6 +55,8 @@ def load(
         raise BackendError(f"runtime {runtime!r} is unknown, expected one of {', '.join(RUNTIMES)}.")
     if isinstance(source, (str, Path)):
         source = model_path(source)
+    if runtime == "onnx" or (isinstance(source, Path) and is_export(source)):
+        return _exported(source, device, dtype, runtime)
     fp8_products = dtype == torch.float8_e4m3fn
     if fp8_products and runtime == "torch":
         raise BackendError("fp8 activations are for the triton runtime. Leave out the dtype, or the runtime.")
@@ -60,6 +64,25 @@ def load(
     if runtime == "torch" or (runtime == "auto" and model.device.type == "cpu" and not fp8_products):
         return model
     return _fused(model, runtime == "triton" or fp8_products, fp8_products)
+
+
+def _exported(source: Path | WeightSource, device: str, dtype: torch.dtype | None, runtime: str) -> Runtime:
+    """The runtime of an ONNX export."""
+    if not isinstance(source, Path) or not is_export(source):
+        what = source if isinstance(source, Path) else source.path
+        raise BackendError(f"{what} is no ONNX export. First make one: gdn2-edge export onnx {what} --out DIR.")
+    if runtime not in ("auto", "onnx"):
+        raise BackendError(f"{source} is an ONNX export, which the {runtime} runtime cannot run. Leave out --runtime.")
+    if dtype is not None:
+        raise BackendError(f"{source} is an ONNX export: the dtype was chosen with its --format. Leave out --dtype.")
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise BackendError(
+            'the package onnxruntime is not installed. Install it with: pip install "gdn2-edge[onnx]" (or '
+            '"gdn2-edge[onnx-gpu]" for an NVIDIA GPU; one of the two, never both).'
+        )
+    from gdn2_edge.runtimes.onnx import load_onnx
+
+    return load_onnx(source, device)
 
 
 def _fused(model: Model, required: bool, fp8_products: bool) -> Model:

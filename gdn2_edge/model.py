@@ -15,7 +15,7 @@ from gdn2_edge.errors import BackendError
 from gdn2_edge.forward import forward, head
 from gdn2_edge.kernels.linear import prepare
 from gdn2_edge.ops import AttentionLayer, Gdn2Layer, Layer, Mlp, ModelWeights
-from gdn2_edge.runtime import Runtime, Sample
+from gdn2_edge.runtime import Runtime, Sample, check_tokens
 from gdn2_edge.spec import ModelSpec
 from gdn2_edge.state import State, check_state, initial_state
 from gdn2_edge.torch_ops import TorchOps
@@ -101,17 +101,7 @@ class Model(Runtime):
         return tuple(tokens.split(PREFILL_TOKENS, 1))
 
     def _checked(self, tokens: Tensor, state: State[Tensor] | None) -> Tensor:
-        if tokens.ndim != 2 or tokens.numel() < 1 or tokens.dtype != torch.int64:
-            raise BackendError(
-                f"tokens are {tuple(tokens.shape)} {tokens.dtype}, expected int64 [B, T], both at least 1."
-            )
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.spec.vocab_size:
-            raise BackendError(f"token ids {low}..{high} are outside the vocabulary 0..{self.spec.vocab_size - 1}.")
-        if state is not None and state.position.shape[0] != tokens.shape[0]:
-            raise BackendError(
-                f"the state is of {state.position.shape[0]} sequences, the tokens are of {tokens.shape[0]}."
-            )
+        check_tokens(self.spec, tokens, state)
         return tokens.to(self.device)
 
 

@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from gdn2_edge.errors import BackendError
 from gdn2_edge.sampling import Sampling
 from gdn2_edge.spec import ModelSpec
 from gdn2_edge.state import State
@@ -69,3 +71,14 @@ class Runtime(ABC):
     @abstractmethod
     def import_state(self, tensors: dict[str, Tensor]) -> State[Tensor]:
         """The inverse of `export_state`; raises SessionError where a tensor does not fit."""
+
+
+def check_tokens(spec: ModelSpec, tokens: Tensor, state: State[Tensor] | None) -> None:
+    """Raise BackendError unless tokens are ids [B, T] of the model's vocabulary for the state's sequences."""
+    if tokens.ndim != 2 or tokens.numel() < 1 or tokens.dtype != torch.int64:
+        raise BackendError(f"tokens are {tuple(tokens.shape)} {tokens.dtype}, expected int64 [B, T], both at least 1.")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= spec.vocab_size:
+        raise BackendError(f"token ids {low}..{high} are outside the vocabulary 0..{spec.vocab_size - 1}.")
+    if state is not None and state.position.shape[0] != tokens.shape[0]:
+        raise BackendError(f"the state is of {state.position.shape[0]} sequences, the tokens are of {tokens.shape[0]}.")

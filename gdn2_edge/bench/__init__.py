@@ -17,6 +17,7 @@ import torch
 from gdn2_edge.bench.correctness import CHECK_TOKENS, GREEDY, Check, check, random_ids
 from gdn2_edge.bench.machine import datasheet_rate, device_name, memory_in_use, read_rate
 from gdn2_edge.bench.traffic import StoredWeights, Traffic, traffic
+from gdn2_edge.checkpoint.onnx_file import OnnxExport, is_export, open_export
 from gdn2_edge.checkpoint.reader import open_checkpoint
 from gdn2_edge.generate.sampler import Sampler
 from gdn2_edge.loading import load, model_path
@@ -114,7 +115,7 @@ def bench(
     """Load a model, check it, measure it.
 
     Args:
-        source: a checkpoint folder, a model's name, or `random_weights`.
+        source: a checkpoint folder, an ONNX export, a model's name, or `random_weights`.
         device, dtype, runtime: as for `load`.
         tokens: how many to decode, at least 2.
         prompt_tokens: lengths of prompts to feed; None is 64 and 512, and on a GPU 4096 and 16384 too.
@@ -124,10 +125,11 @@ def bench(
     Raises:
         BackendError: the device is not there, or the model computes something else than its plain form.
     """
-    where = pick_device(device)
+    stored = _opened(source) if isinstance(source, (str, Path)) else source
+    # What an ONNX export runs on is not torch's to say.
+    where = pick_device("auto" if isinstance(stored, OnnxExport) and device != "cpu" else device)
     if prompt_tokens is None:
         prompt_tokens = GPU_PROMPT_TOKENS if where.type == "cuda" else PROMPT_TOKENS
-    stored = open_checkpoint(model_path(source)) if isinstance(source, (str, Path)) else source
 
     progress("loading")
     _reset_memory(where)
@@ -211,7 +213,9 @@ def measure_prefill(runtime: Runtime, tokens: int) -> Prefill:
     return Prefill(tokens, milliseconds, 1e3 * tokens / milliseconds.median)
 
 
-def bandwidth(source: StoredWeights, decode: Decode, read_rate: float, datasheet: float | None) -> Bandwidth:
+def bandwidth(
+    source: StoredWeights | OnnxExport, decode: Decode, read_rate: float, datasheet: float | None
+) -> Bandwidth:
     """What a decoding run of one sequence moved, in the middle of it, against the rates in bytes a second."""
     moved = traffic(source, decode.first_position + decode.tokens // 2)
     rate = 1e3 * moved.total / decode.milliseconds_per_token.median
@@ -223,6 +227,11 @@ def bandwidth(source: StoredWeights, decode: Decode, read_rate: float, datasheet
         datasheet_gigabytes_per_second=None if datasheet is None else datasheet / 1e9,
         share_of_datasheet=None if datasheet is None else rate / datasheet,
     )
+
+
+def _opened(source: str | Path) -> StoredWeights | OnnxExport:
+    path = model_path(source)
+    return open_export(path) if is_export(path) else open_checkpoint(path)
 
 
 def _first_token(runtime: Runtime) -> None:

@@ -7,6 +7,7 @@ from math import prod
 from typing import Protocol
 
 from gdn2_edge.checkpoint.files import TensorInfo
+from gdn2_edge.checkpoint.onnx_file import OnnxExport
 from gdn2_edge.model import WeightSource
 
 
@@ -34,12 +35,15 @@ class Traffic:
         return self.weights + self.state + self.kv
 
 
-def traffic(source: StoredWeights, position: int, batch: int = 1) -> Traffic:
+def traffic(source: StoredWeights | OnnxExport, position: int, batch: int = 1) -> Traffic:
     """What a step at this position moves for `batch` sequences."""
     spec = source.spec
-    sizes = {name: sum(info.nbytes for info in source.stored(name).values()) for name in spec.tensor_shapes()}
-    embedding = sizes.pop("embed.weight")
-    weights = sum(sizes.values()) + batch * embedding // spec.vocab_size
+    if isinstance(source, OnnxExport):
+        sizes = source.sizes
+    else:
+        sizes = {name: sum(info.nbytes for info in source.stored(name).values()) for name in spec.tensor_shapes()}
+    embedding = sum(size for name, size in sizes.items() if name.startswith("embed."))
+    weights = sum(sizes.values()) - embedding + batch * embedding // spec.vocab_size
     state = kv = 0
     for name, shape in spec.state_shapes(batch).items():
         if name.endswith(("ring_k", "ring_v")):

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gdn2_edge.errors import CheckpointError
+from gdn2_edge.onnx_names import MODEL_FILE
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_JSON_BYTES = 16 << 20
@@ -114,6 +115,10 @@ def _shards(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
     if not index.exists():
         found = sorted(folder.glob("*.safetensors"))
+        if not found and (folder / MODEL_FILE).exists():
+            raise CheckpointError(
+                f"{folder} is an ONNX export, which chat and bench run; this needs the checkpoint it was made from."
+            )
         if not found:
             raise CheckpointError(f"{folder}: there is no .safetensors file in this folder.")
         return found

@@ -22,7 +22,7 @@ KIND_WORDS = {
     "fla": "state dict with fla's layer names",
 }
 STORED_SUFFIXES = ("_packed", "_scale", "_shape")
-CONFIG_EXTRAS = ("model_type", "architectures", "dtype", "fingerprint", "made_by", "quantization_config")
+CONFIG_EXTRAS = ("model_type", "architectures", "dtype", "fingerprint", "made_by", "quantization_config", "onnx")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def bench(
     path: Annotated[
-        str | None, typer.Argument(metavar="[PATH]", help="A checkpoint folder, or the name of a model (tiny).")
+        str | None,
+        typer.Argument(metavar="[PATH]", help="A checkpoint folder or ONNX export, or the name of a model (tiny)."),
     ] = None,
     random: Annotated[bool, typer.Option("--random", help="Random weights of the sizes in --config.")] = False,
     config: Annotated[
@@ -37,7 +38,9 @@ def bench(
     dtype: Annotated[
         str | None, typer.Option(help="Activations: fp32, bf16, fp16 or fp8; by default what suits the device.")
     ] = None,
-    runtime: Annotated[str, typer.Option(help="auto, triton (fused kernels, on a GPU) or torch.")] = "auto",
+    runtime: Annotated[
+        str, typer.Option(help="auto, torch, triton (fused kernels, on a GPU) or onnx (an ONNX export).")
+    ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
@@ -84,7 +87,8 @@ def _print(report: Report) -> None:
     check, band = report.check, report.bandwidth
     print(f"{report.model}\n{report.runtime}, {report.device}")
     error = max(check.prefill_error, check.step_error)
-    print(f"checked: logits within {error:.1g} of the plain path's (at most {check.tolerance:g}), greedy ids repeat\n")
+    other = "logits within {} of the plain path's" if check.plain else "prompt's logits within {} of single steps'"
+    print(f"checked: {other.format(f'{error:.1g}')} (at most {check.tolerance:g}), greedy ids repeat\n")
     rows = [_decode_row(report.decode)]
     if report.batch is not None:
         rows.append(_decode_row(report.batch))

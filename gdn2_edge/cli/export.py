@@ -1,0 +1,57 @@
+"""`gdn2-edge export`: a model for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gdn2_edge.cli.render import megabytes, print_json, progress
+
+app = typer.Typer(help="Write a model for other programs.", no_args_is_help=True)
+
+
+@app.callback()
+def export() -> None:
+    """Write a model for other programs."""
+
+
+@app.command()
+def onnx(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A gdn2-edge folder, or the name of a model (tiny).")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="The folder to make.")],
+    format: Annotated[
+        str | None,
+        typer.Option(help="fp32, fp16, int8, int4 or fp8; as stored if not given. The last three quantize."),
+    ] = None,
+    portable: Annotated[bool, typer.Option("--portable", help="Standard operators only; slower.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and check, write nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Export a checkpoint to ONNX: a folder with model.onnx, tokenizer and chat template."""
+    from gdn2_edge.export.onnx import export_onnx
+    from gdn2_edge.loading import model_path
+
+    try:
+        with progress("Exporting", quiet) as show:
+            done = export_onnx(
+                model_path(src),
+                Path(out),
+                format,
+                portable=portable,
+                dry_run=dry_run,
+                progress=None if dry_run else show,
+            )
+    except KeyboardInterrupt:
+        typer.echo("\nStopped; nothing was kept.", err=True)
+        raise typer.Exit(130) from None
+    if json:
+        print_json(done.to_json())
+        return
+    verb = "would hold" if dry_run else "holds"
+    print(
+        f"{done.out} {verb} {', '.join(done.files)}: {done.parameters:,} parameters in {done.format}, "
+        f"{megabytes(done.bytes)}, {done.nodes} nodes, operators of {', '.join(done.domains)}"
+    )

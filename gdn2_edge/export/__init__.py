@@ -1,0 +1,1 @@
+"""Models for other programs: files that run without this package."""
