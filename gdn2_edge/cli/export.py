@@ -19,18 +19,34 @@ def export() -> None:
 
 @app.command()
 def onnx(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="A gdn2-edge folder, or the name of a model (tiny).")],
-    out: Annotated[str, typer.Option(metavar="DIR", help="The folder to make.")],
+    src: Annotated[
+        str | None, typer.Argument(metavar="[SRC]", help="A gdn2-edge folder, or the name of a model (tiny).")
+    ] = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="The folder to make.")] = None,
     format: Annotated[
         str | None,
         typer.Option(help="fp32, fp16, int8, int4 or fp8; as stored if not given. The last three quantize."),
     ] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Standard operators only; slower.")] = False,
+    build_op: Annotated[
+        bool,
+        typer.Option("--build-op", help="No export: compile the operator's library for this computer (into --out)."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and check, write nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
-    """Export a checkpoint to ONNX: a folder with model.onnx, tokenizer and chat template."""
+    """Export a checkpoint to ONNX: a folder with model.onnx, tokenizer and chat template.
+
+    Or, with --build-op, make the library that lets ONNX Runtime decode faster on this computer's CPU.
+    """
+    if build_op:
+        if src is not None or format is not None or portable or dry_run:
+            raise typer.BadParameter("--build-op exports nothing: it goes with --out, --json and --quiet alone.")
+        _build_op(Path(out) if out is not None else None, json)
+        return
+    if src is None or out is None:
+        raise typer.BadParameter("give what to export and where: SRC --out DIR.")
     from gdn2_edge.export.onnx import export_onnx
     from gdn2_edge.loading import model_path
 
@@ -55,3 +71,14 @@ def onnx(
         f"{done.out} {verb} {', '.join(done.files)}: {done.parameters:,} parameters in {done.format}, "
         f"{megabytes(done.bytes)}, {done.nodes} nodes, operators of {', '.join(done.domains)}"
     )
+
+
+def _build_op(out: Path | None, json: bool) -> None:
+    from gdn2_edge.export.onnx.build_op import build_op
+
+    library = build_op(out)
+    if json:
+        print_json({"library": str(library)})
+        return
+    used = "gdn2-edge chat and bench use it from now on." if out is None else "gdn2-edge uses one built without --out."
+    print(f"{library}\n{used} Your program: SessionOptions.register_custom_ops_library.")
