@@ -7,8 +7,6 @@ before it is whole.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from gdn2_edge.checkpoint.onnx_file import OnnxExport, open_export
 from gdn2_edge.errors import BackendError, CheckpointError, SessionError
+from gdn2_edge.export.onnx.build_op import find_op
 from gdn2_edge.onnx_names import LOGITS, MODEL_FILE, POSITIONS, TOKENS, has_positions, state_names
 from gdn2_edge.runtime import Runtime, Sample, check_tokens
 from gdn2_edge.state import State, check_state, initial_state, state_dtype, state_from_named
@@ -261,7 +260,7 @@ def _open_session(export: OnnxExport, device: str) -> tuple[onnxruntime.Inferenc
             raise BackendError(
                 f"ONNX Runtime cannot use device {device!r}: CUDA or cuDNN is missing, or the GPU is. Use --device cpu."
             )
-    library = find_library()
+    library = find_op()  # one that was built on this machine for this version; never another
     return _session(export, [CPU], library), library
 
 
@@ -289,14 +288,6 @@ def _session(
             f"{export.path / MODEL_FILE}: ONNX Runtime {onnxruntime.__version__} cannot load it ({_reason(error)}). "
             "Export it again."
         ) from None
-
-
-def find_library() -> Path | None:
-    """The operator library that `gdn2-edge export onnx --build-op` made on this machine; never another, never built."""
-    if importlib.util.find_spec("gdn2_edge.export.onnx.build_op") is None:
-        return None
-    found = importlib.import_module("gdn2_edge.export.onnx.build_op").find_op()
-    return None if found is None else Path(found)
 
 
 def _index(device: str) -> int:

@@ -29,6 +29,7 @@ from gdn2_edge.bench import bench, machine
 from gdn2_edge.checkpoint.onnx_file import open_export
 from gdn2_edge.convert import convert_checkpoint
 from gdn2_edge.errors import BackendError, CheckpointError, Gdn2EdgeError, SessionError
+from gdn2_edge.export.onnx import build_op as building
 from gdn2_edge.export.onnx import export_onnx, writer
 from gdn2_edge.generate.session import Session
 from gdn2_edge.loading import load, model_path
@@ -52,7 +53,7 @@ QUESTION = "My name is Ada. What is my name?"
 @pytest.fixture(autouse=True)
 def _no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operator library of whoever runs the tests has tests of its own."""
-    monkeypatch.setattr(runtime_module, "find_library", lambda: None)
+    monkeypatch.setattr(runtime_module, "find_op", lambda: None)
 
 
 @pytest.fixture(scope="session")
@@ -276,9 +277,31 @@ def test_missing_or_old_onnxruntime(exported_hybrid: Path, hybrid: Model, monkey
 def test_a_library_that_does_not_load(exported_hybrid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = tmp_path / "operator.so"
     library.write_bytes(b"no library")
-    monkeypatch.setattr(runtime_module, "find_library", lambda: library)
+    monkeypatch.setattr(runtime_module, "find_op", lambda: library)
     with pytest.raises(BackendError, match=r"cannot load this operator library.*--build-op"):
         load(exported_hybrid, "cpu")
+
+
+def test_the_library_of_this_machine(
+    tiny: Model, exported_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "cache_folder", lambda: tmp_path)
+    assert building.find_op() is None
+    try:
+        library = building.build_op()
+    except BackendError as error:
+        pytest.skip(str(error))
+    assert building.find_op() == library
+    monkeypatch.setattr(runtime_module, "find_op", building.find_op)
+    model, ids = load(exported_tiny, "cpu"), ids_of(tiny, 2, 40)
+    assert isinstance(model, OnnxModel)
+    assert f"operator library {library.name}" in model.name
+    expected, state = tiny.forward(ids)
+    found, ours = model.forward(ids)
+    assert float((found - expected).abs().max() / expected.std()) < LOGITS_TOLERANCE
+    check_same(ours, state)
+    library.with_name(f"{library.name}.built-from").write_text("of other sources")
+    assert building.find_op() is None
 
 
 def session_that_has(*providers: str, cpu_nodes: tuple[str, ...] = ()) -> Any:
@@ -297,7 +320,7 @@ def test_a_gpu_is_asked_first_and_has_no_library(exported_hybrid: Path, monkeypa
     there = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(runtime_module.onnxruntime, "get_available_providers", lambda: there)
     monkeypatch.setattr(runtime_module, "_session", session)
-    monkeypatch.setattr(runtime_module, "find_library", lambda: Path("operator.so"))
+    monkeypatch.setattr(runtime_module, "find_op", lambda: Path("operator.so"))
     runtime_module._open_session(open_export(exported_hybrid), "auto")
     gpu = ("CUDAExecutionProvider", {"device_id": 0})
     assert asked == [(gpu, None), ("CPUExecutionProvider", Path("operator.so"))]

@@ -69,6 +69,16 @@ def build_op(out: Path | None = None) -> Path:
     return library
 
 
+def find_op() -> Path | None:
+    """What `build_op()` would give without compiling: the library in the user's cache, of these very sources."""
+    try:
+        digest = _digest(find_compiler())
+    except BackendError:
+        return None
+    library = cache_folder() / f"op-{digest}" / library_name()
+    return library if library.is_file() and _text(library.with_name(f"{library.name}.built-from")) == digest else None
+
+
 def library_name() -> str:
     """What a shared library is called on this system."""
     return {"win32": "gdn2_onnx.dll", "darwin": "libgdn2_onnx.dylib"}.get(sys.platform, "libgdn2_onnx.so")
