@@ -270,6 +270,8 @@ def _session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # what goes wrong is raised
+    if export.format == "fp8":  # else its weights become fp32 anew in every call
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if providers[0] != CPU:
         options.add_session_config_entry(RECORD_NODES, "1")
         options.enable_mem_pattern = providers[0][0] != DIRECTML  # which asks for that
