@@ -36,7 +36,9 @@ function update() {
   send.textContent = answering ? "Stop" : "Send";
   send.disabled = !session;
   reset.disabled = !session || Boolean(answering) || !session.memory.started;
-  examples.hidden = !session || Boolean(answering) || session.memory.started;
+  examples.hidden = !session || Boolean(answering);
+  const said = new Set(session?.memory.transcript.map(({ content }) => content));
+  for (const button of examples.children) button.hidden = said.has(button.textContent);
 }
 
 async function answer(message) {
@@ -44,6 +46,7 @@ async function answer(message) {
   update();
   const question = show({ role: "user", content: message });
   const shown = show({ role: "assistant", content: "" });
+  const before = session.memory;
   const began = performance.now();
   let [tokens, first, painted, saved] = [0, 0, began, began];
   try {
@@ -64,13 +67,13 @@ async function answer(message) {
         painted = performance.now();
       }
     }
-    await session.save();
-    if (!tokens) [question, shown].forEach((nothing) => nothing.remove());
     const seconds = (performance.now() - first) / 1000;
+    await session.save();
     sayMemory(tokens ? `${(tokens / seconds).toFixed(1)} tokens/s · ` : "");
   } catch (error) {
     say(`Stopped: ${error.message}`, true);
   }
+  if (session.memory === before) [question, shown].forEach((forgotten) => forgotten.remove());
   answering = null;
   update();
 }
@@ -91,14 +94,23 @@ text.addEventListener("keydown", (event) => {
 });
 
 reset.addEventListener("click", async () => {
+  if (!confirm("Forget this conversation?")) return;
   await session.reset();
   transcript.replaceChildren();
   sayMemory();
   update();
 });
 
+/** Resolves once no other tab has this conversation, and keeps it for this one. */
+function alone(name) {
+  if (!navigator.locks) return; // a page that is not from localhost and not over https
+  say("This conversation is open in another tab. Close it to go on here.");
+  return new Promise((resolve) => navigator.locks.request(name, () => (resolve(), new Promise(() => {}))));
+}
+
 try {
   const model = await Model.open("model");
+  await alone(model.chat.fingerprint);
   session = await Session.load(model);
   about.textContent = model.chat.description;
   for (const prompt of model.chat.example_prompts) {

@@ -40,7 +40,9 @@ def prepare(source: Path, out: Path, format: str) -> None:
         try:
             made.rename(out)
         except OSError as error:
-            raise CheckpointError(f"{out} cannot be made ({error.strerror}); remove it, or give another --out.") from None
+            raise CheckpointError(
+                f"{out} cannot be made ({error.strerror}); remove it, or give another --out."
+            ) from None
 
 
 def _around(text: ChatTokenizer, turn: Any) -> list[list[int]]:
@@ -84,7 +86,7 @@ def main() -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Export a model for the page.")
     parser.add_argument("source", nargs="?", default="tiny", help="a gdn2-edge folder, or tiny")
-    parser.add_argument("--format", default="int8", choices=["fp32", "int8", "int4"])
+    parser.add_argument("--format", default="fp16", choices=["fp32", "fp16", "int8", "int4", "fp8"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model", help="the folder to make")
     options = parser.parse_args()
     if options.out.exists():
