@@ -200,7 +200,7 @@ def test_turns_and_answers_are_those_of_python(page: Any, python: Model) -> None
 
 
 def test_logits_are_close_to_those_of_torch(page: Any, python: Model, folders: dict[str, Path], tmp_path: Path) -> None:
-    quantize_checkpoint(python.path, tmp_path / "int8", make_recipe("int8"))
+    quantize_checkpoint(python.path, tmp_path / "int8", make_recipe({"format": "int8"}, "test"))
     ids = open_text(python.path).opening("The sun rises in the east and sets in the west. Where does it rise?")
     script = """async ([folder, ids]) => {
         const { Model } = await import("/chat.js");
