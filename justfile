@@ -33,6 +33,11 @@ test-slow *ARGS:
 test-gpu *ARGS:
     sh scripts/test tests/test_gpu.py tests/test_triton_model.py tests/kernels/triton "$@"
 
+# examples/web in a browser; needs npm, and Chromium (or once: .venv/bin/playwright install chromium)
+test-web *ARGS:
+    sh -euc 'root=$PWD; . scripts/common.sh; prepare test test-web; npm ci --prefix examples/web; \
+        "$bin/python" -m pytest -m web tests/examples "$@"' test-web "$@"
+
 # only the comparisons with outputs of other implementations
 golden *ARGS:
     sh scripts/test -k golden "$@"
