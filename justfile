@@ -35,8 +35,7 @@ test-gpu *ARGS:
 
 # examples/web in a browser; needs npm, and Chromium (or once: .venv/bin/playwright install chromium)
 test-web *ARGS:
-    sh -euc 'root=$PWD; . scripts/common.sh; prepare test test-web; npm ci --prefix examples/web; \
-        "$bin/python" -m pytest -m web tests/examples "$@"' test-web "$@"
+    sh -euc 'root=$PWD; . scripts/common.sh; prepare test test-web; npm ci --prefix examples/web; "$bin/python" -m pytest -m web tests/examples "$@"' test-web "$@"
 
 # only the comparisons with outputs of other implementations
 golden *ARGS:

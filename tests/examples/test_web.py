@@ -23,7 +23,9 @@ pytest.importorskip("onnx", reason="the extra onnx is not installed")
 
 import torch
 from playwright import sync_api as playwright
+from safetensors.torch import load_file
 
+from gdn2_edge.convert import convert_checkpoint
 from gdn2_edge.generate.session import Session
 from gdn2_edge.generate.text import open_text
 from gdn2_edge.loading import model_path
@@ -33,6 +35,7 @@ from gdn2_edge.quantize import quantize_checkpoint
 from gdn2_edge.quantize.recipe import make_recipe
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "web"
+GOLDEN = Path(__file__).parents[1] / "golden"
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 WAIT_MS = 60_000
 # WebAssembly sums in another order than torch; in standard deviations.
@@ -65,8 +68,8 @@ pytestmark = [
 ]
 
 
-def prepared(folder: Path, format: str) -> Path:
-    command = [sys.executable, str(EXAMPLE / "prepare.py"), "--format", format, "--out", str(folder)]
+def prepared(folder: Path, format: str, source: str | Path = "tiny") -> Path:
+    command = [sys.executable, str(EXAMPLE / "prepare.py"), str(source), "--format", format, "--out", str(folder)]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     return folder
 
@@ -74,7 +77,15 @@ def prepared(folder: Path, format: str) -> Path:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     scratch = tmp_path_factory.mktemp("web")
-    return {format: prepared(scratch / format, format) for format in ("fp32", "int8")}
+    source = scratch / "hybrid-source"
+    convert_checkpoint(GOLDEN / "hybrid-model-ckpt.pth", source, config=str(GOLDEN / "hybrid.json"))
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copy(model_path("tiny") / name, source)
+    return {
+        "model": prepared(scratch / "fp32", "fp32"),
+        "int8": prepared(scratch / "int8", "int8"),
+        "hybrid": prepared(scratch / "hybrid", "fp32", source),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +94,10 @@ def python() -> Model:
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """The example's folder; /model is the fp32 export and /int8 the other one."""
+    """The example's folder, with the exports in it; /model is the one in fp32."""
 
     def __init__(self, *args: Any, folders: dict[str, Path], **kwargs: Any) -> None:
-        self.folders = {"model": folders["fp32"], "int8": folders["int8"]}
+        self.folders = folders
         super().__init__(*args, directory=str(EXAMPLE), **kwargs)
 
     def translate_path(self, path: str) -> str:
@@ -199,7 +210,7 @@ def test_turns_and_answers_are_those_of_python(page: Any, python: Model) -> None
         assert found["bytes"] == session.state_bytes - state["position"].nbytes
 
 
-def test_logits_are_close_to_those_of_torch(page: Any, python: Model, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_logits_are_close_to_those_of_torch(page: Any, python: Model, tmp_path: Path) -> None:
     quantize_checkpoint(python.path, tmp_path / "int8", make_recipe({"format": "int8"}, "test"))
     ids = open_text(python.path).opening("The sun rises in the east and sets in the west. Where does it rise?")
     script = """async ([folder, ids]) => {
@@ -215,6 +226,23 @@ def test_logits_are_close_to_those_of_torch(page: Any, python: Model, folders: d
         logs = torch.log_softmax(torch.stack([expected[0], found]).double(), -1)
         assert torch.sum(logs[0].exp() * (logs[0] - logs[1])) < KL_TOLERANCE, folder
         assert found.argmax() == expected.argmax()
+
+
+def test_attention_layers_get_their_positions(page: Any) -> None:
+    golden = load_file(GOLDEN / "hybrid-golden.safetensors")
+    ids = golden["input_ids"][:1, :150]
+    script = """async (ids) => {
+        const { Model } = await import("/chat.js");
+        const model = await Model.open("hybrid");
+        let logits, state = model.emptyState();
+        const cuts = [0, 5, 100, ...Array.from({ length: ids.length - 100 }, (_, i) => 101 + i)];
+        for (let i = 0; i + 1 < cuts.length; i += 1)
+            ({ logits, state } = await model.feed(ids.slice(cuts[i], cuts[i + 1]), state, cuts[i]));
+        return Array.from(logits);
+    }"""
+    found = torch.tensor(page.evaluate(script, ids[0].tolist()))
+    expected = golden["logits"][0, 149]
+    assert (found - expected).abs().max() < LOGITS_TOLERANCE * expected.std()
 
 
 def test_a_conversation_streams_and_goes_on_after_a_reload(page: Any, python: Model) -> None:

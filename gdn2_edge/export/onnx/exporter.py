@@ -20,6 +20,7 @@ from gdn2_edge.checkpoint.reader import Checkpoint, open_checkpoint
 from gdn2_edge.checkpoint.writer import write_atomically
 from gdn2_edge.errors import CheckpointError, FormatError
 from gdn2_edge.export.onnx.functions import gated_delta_rule2
+from gdn2_edge.export.onnx.genai import genai_files
 from gdn2_edge.export.onnx.graph import GDN2_DOMAIN, IR_VERSION, MICROSOFT, OPSET, Graph, Initializer
 from gdn2_edge.export.onnx.onnx_ops import OnnxOps, Value
 from gdn2_edge.export.onnx.weights import DeferredReader, Source, stored_format
@@ -174,6 +175,7 @@ def _export(
     model, initializers = build(source, TensorProto.FLOAT16 if format == "fp16" else TensorProto.FLOAT, portable)
     domains = tuple(entry.domain or "ai.onnx" for entry in model.opset_import)
     files = companions(original.path)
+    files |= genai_files(spec, files)
     facts = {
         "gdn2.spec": json.dumps(spec.to_json()),
         "gdn2.fingerprint": source.fingerprint,
