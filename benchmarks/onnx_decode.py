@@ -29,6 +29,7 @@ from gdn2_edge.runtimes import onnx as onnx_runtime
 
 TOKENS, ROUNDS = 6, 7
 PREFILL = 128
+TURN_SECONDS = 0.2  # between two turns: until the threads of the one before have given up waiting for more
 # Of the size of the logits: quantized products round their inputs to 8 bits in ONNX Runtime.
 TOLERANCES = {"fp32": 1e-4, "int8": 0.05, "int4": 0.05, "fp8": 1e-3}
 LEAST_GAIN = 2.0  # of decoding the default model in int8 over torch's int8
@@ -86,6 +87,7 @@ def measure(models: dict[str, Runtime], what: str, record: bool) -> int:
     token = ids[:, -1]
     for _ in range(ROUNDS):
         for name, model in models.items():
+            time.sleep(TURN_SECONDS)
             for _ in range(TOKENS):
                 begun = time.perf_counter()
                 _, states[name] = model.step(token, states[name])
