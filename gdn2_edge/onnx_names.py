@@ -10,6 +10,7 @@ from gdn2_edge.spec import ModelSpec
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+EXPORT_FORMATS = ("fp32", "fp16", "int8", "int4", "fp8")
 TOKENS, POSITIONS, LOGITS = "input_ids", "position_ids", "logits"
 
 

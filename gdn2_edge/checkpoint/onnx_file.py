@@ -16,7 +16,7 @@ from pathlib import Path
 from gdn2_edge.checkpoint.files import read_json
 from gdn2_edge.checkpoint.reader import CONFIG_EXTRAS
 from gdn2_edge.errors import CheckpointError, SpecError
-from gdn2_edge.onnx_names import DATA_FILE, MODEL_FILE
+from gdn2_edge.onnx_names import DATA_FILE, EXPORT_FORMATS, MODEL_FILE
 from gdn2_edge.spec import MODEL_TYPE, ModelSpec, spec_from_fields
 
 # Bits of an element by the number of its type in onnx.proto (TensorProto.DataType).
@@ -54,8 +54,8 @@ class OnnxExport:
 
 
 def is_export(path: Path) -> bool:
-    """Whether a path is a folder with an ONNX model."""
-    return (path / MODEL_FILE).is_file() and (path / "config.json").is_file()
+    """Whether a path is a folder with an ONNX model, and not with a checkpoint's weights."""
+    return (path / MODEL_FILE).is_file() and not any(path.glob("*.safetensors"))
 
 
 def open_export(folder: Path) -> OnnxExport:
@@ -87,11 +87,16 @@ def open_export(folder: Path) -> OnnxExport:
                 f"{folder}: {MODEL_FILE} and config.json have another {what}; they are not of one export. "
                 "Export the model again."
             )
+    format = metadata.get("gdn2.format", "")
+    if format not in EXPORT_FORMATS:
+        raise CheckpointError(
+            f"{folder}: {MODEL_FILE} says its format is {format[:20]!r}, expected {', '.join(EXPORT_FORMATS)}."
+        )
     return OnnxExport(
         folder,
         spec,
         fingerprint,
-        metadata.get("gdn2.format", "unknown")[:40],
+        format,
         metadata.get("gdn2.portable") == "true",
         sizes,
     )
@@ -203,6 +208,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
+        if key >> 32:  # protobuf would cut it to 32 bits, and see another field
+            raise ValueError("a tag of more than 32 bits")
         wire = key & 7
         if wire == 0:
             value, at = _varint(data, at)

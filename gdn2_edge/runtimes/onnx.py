@@ -214,7 +214,7 @@ class OnnxModel(Runtime):
             free = {name: 2 if name in (TOKENS, POSITIONS, LOGITS) else 1 for name in expected}
             sizes = {one.name: tuple(one.shape[free.get(one.name, 0) :]) for one in found}
             types = {one.type for one in found if one.name not in (TOKENS, POSITIONS)}
-            if sizes != expected or types > {"tensor(float)"}:
+            if sizes != expected or types - {"tensor(float)"}:
                 raise CheckpointError(
                     f"{self.path}: the {kind} of {MODEL_FILE} are not those of the model that config.json describes. "
                     "Export it again."

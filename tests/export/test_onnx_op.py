@@ -345,6 +345,31 @@ def test_another_source_replaces_the_library(compiler: str, tmp_path: Path, monk
     assert path.with_name(f"{path.name}.built-from").read_text() != stamp
 
 
+def test_a_damaged_library_is_built_again(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(building, "GNU_OPTIONS", (*building.GNU_OPTIONS, "-DGDN2_LANES=4"))
+    library = build_op()
+    whole = library.read_bytes()
+    assert building.find_op() == library
+    library.write_bytes(whole[:5000])
+    assert building.find_op() is None
+    assert build_op() == library
+    assert building.find_op() == library
+
+
+def test_a_folder_beside_this_one(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(building, "GNU_OPTIONS", (*building.GNU_OPTIONS, "-DGDN2_LANES=4"))
+    assert build_op(Path("op")) == tmp_path / "op" / building.library_name()
+
+
+def test_a_compiler_that_fails_leaves_nothing(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "GNU_OPTIONS", ("--no-such-option",))
+    with pytest.raises(BackendError, match="could not compile"):
+        build_op(tmp_path / "op")
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(building.shutil, "which", lambda name: None)
@@ -357,6 +382,9 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiler_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", f"{sys.executable} -v" if os.name != "nt" else sys.executable)
     assert find_compiler()[0] == sys.executable
+    monkeypatch.setenv("CXX", "no such ' compiler")
+    with pytest.raises(BackendError, match="is not found"):
+        find_compiler()
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BackendError, match="no-such-compiler, which is not found"):
         find_compiler()

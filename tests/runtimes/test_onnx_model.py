@@ -26,6 +26,7 @@ from torch import Tensor
 
 from gdn2_edge import cli
 from gdn2_edge.bench import bench, machine
+from gdn2_edge.checkpoint import onnx_file
 from gdn2_edge.checkpoint.onnx_file import open_export
 from gdn2_edge.convert import convert_checkpoint
 from gdn2_edge.errors import BackendError, CheckpointError, Gdn2EdgeError, SessionError
@@ -344,6 +345,12 @@ def external(tensor: onnx.TensorProto, location: str, size: int) -> None:
     tensor.data_location = onnx.TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", "0"), ("length", str(size))):
         tensor.external_data.add(key=key, value=value)
+
+
+def test_a_tag_that_protobuf_would_cut_is_refused() -> None:
+    """Field 13 of a tensor, external_data, in 32 bits; another one in 64."""
+    with pytest.raises(ValueError, match="32 bits"):
+        list(onnx_file._fields(memoryview(b"\xea\x80\x80\x80\x10\x01a")))
 
 
 @pytest.mark.parametrize("location", ["../secret", "sub/../../secret", "other.data", "", "~/secret"])

@@ -7,6 +7,7 @@ Linux on x86-64 is where it has run; for macOS, Windows and ARM it has been comp
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -47,36 +48,59 @@ def build_op(out: Path | None = None) -> Path:
         BackendError: there is no compiler, it failed, or the library cannot be written.
     """
     command = find_compiler()
-    name = library_name()
-    digest = _digest(command)
-    folder = out if out is not None else cache_folder() / f"op-{digest}"
-    library = folder / name
-    stamp = folder / f"{name}.built-from"
-    if library.is_file() and _text(stamp) == digest:
+    compiler = _compiler_digest(command)
+    folder = (out if out is not None else _own_folder()).absolute()
+    library = folder / library_name()
+    stamp = _stamp_of(library)
+    if _text(stamp) == f"{compiler} {_file_digest(library)}":
         return library
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as partial:
-            made = Path(partial) / name
+            made = Path(partial) / library.name
             _compile(command, made)
             stamp.unlink(missing_ok=True)
             os.replace(made, library)
-            stamp.write_text(digest, encoding="utf-8")
+            stamp.write_text(f"{compiler} {_file_digest(library)}", encoding="utf-8")
     except OSError as error:
         raise BackendError(
             f"{library} cannot be written ({error}): free the place or choose another with --out"
         ) from error
+    except BackendError:
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
     return library
 
 
 def find_op() -> Path | None:
-    """What `build_op()` would give without compiling: the library in the user's cache, of these very sources."""
+    """The library that `build_op()` made of these very sources in the user's cache, if whole. Runs no compiler."""
+    library = _own_folder() / library_name()
+    words = (_text(_stamp_of(library)) or "").split()
+    return library if len(words) == 2 and words[1] == _file_digest(library) else None
+
+
+def _own_folder() -> Path:
+    """In the user's cache, for these sources, options and this kind of computer."""
+    facts = [platform.system(), platform.machine(), *GNU_OPTIONS, *MSVC_OPTIONS]
+    state = hashlib.sha256("\0".join(facts).encode())
+    for path in sorted(SOURCE.iterdir()):
+        state.update(path.name.encode() + path.read_bytes())
+    return cache_folder() / f"op-{state.hexdigest()[:16]}"
+
+
+def _stamp_of(library: Path) -> Path:
+    """Holds digests of the compiler and of the library it made: a damaged library is seen before it is loaded."""
+    return library.with_name(f"{library.name}.built-from")
+
+
+def _file_digest(path: Path) -> str | None:
     try:
-        digest = _digest(find_compiler())
-    except BackendError:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
         return None
-    library = cache_folder() / f"op-{digest}" / library_name()
-    return library if library.is_file() and _text(library.with_name(f"{library.name}.built-from")) == digest else None
 
 
 def library_name() -> str:
@@ -104,10 +128,13 @@ def find_compiler() -> list[str]:
     """
     if chosen := os.environ.get("CXX", "").strip():
         # On Windows a path may hold spaces and backslashes and is taken whole.
-        words = [chosen] if shutil.which(chosen) else shlex.split(chosen)
-        if shutil.which(words[0]) is None:
+        try:
+            words = [chosen] if shutil.which(chosen) else shlex.split(chosen)
+        except ValueError:
+            words = [chosen]
+        if (found := shutil.which(words[0])) is None:
             raise BackendError(f"CXX names the compiler {words[0]}, which is not found: install it or unset CXX")
-        return words
+        return [str(Path(found).absolute()), *words[1:]]
     for name in COMPILERS:
         if found := shutil.which(name):
             return [found]
@@ -136,7 +163,7 @@ def _compile(command: Sequence[str], library: Path) -> None:
         raise BackendError(f"the compiler {command[0]} cannot be run ({error}): name another in CXX") from error
     if done.returncode or not library.is_file():
         said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
-        reason = next((line for line in said if "error" in line), said[-1])
+        reason = next((line for line in said if "error" in line and "ld returned" not in line), said[0])
         raise BackendError(
             f"{shlex.join(command)} could not compile {MAIN} ({reason.strip()}): "
             "name another compiler in CXX, or run: pip install ziglang"
@@ -147,20 +174,15 @@ def _is_msvc(command: Sequence[str]) -> bool:
     return Path(command[0]).stem.lower() in ("cl", "clang-cl")
 
 
-def _digest(command: Sequence[str]) -> str:
-    """Of the sources, the compiler with its version, the options and the platform."""
+def _compiler_digest(command: Sequence[str]) -> str:
+    """Of the compiler and its version; for a folder that the user chose, of the sources too."""
     # cl has no such option and prints its version with its complaint.
     try:
         version = subprocess.run([*command, "--version"], capture_output=True, errors="replace", text=True)
     except OSError as error:
         raise BackendError(f"the compiler {command[0]} cannot be run ({error}): name another in CXX") from error
-    facts = [*command, version.stdout, platform.system(), platform.machine(), *GNU_OPTIONS, *MSVC_OPTIONS]
-    if _is_msvc(command):
-        facts.append(version.stderr)
-    state = hashlib.sha256("\0".join(facts).encode())
-    for path in sorted(SOURCE.iterdir()):
-        state.update(path.name.encode() + path.read_bytes())
-    return state.hexdigest()[:16]
+    facts = [*command, version.stdout, version.stderr if _is_msvc(command) else "", _own_folder().name]
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
 
 
 def _text(path: Path) -> str | None:

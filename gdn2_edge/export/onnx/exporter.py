@@ -26,14 +26,22 @@ from gdn2_edge.export.onnx.onnx_ops import OnnxOps, Value
 from gdn2_edge.export.onnx.weights import DeferredReader, Source, stored_format
 from gdn2_edge.export.onnx.writer import uses_data_file, write_model
 from gdn2_edge.forward import forward, head
-from gdn2_edge.onnx_names import DATA_FILE, LOGITS, MODEL_FILE, POSITIONS, TOKENS, has_positions, state_names
+from gdn2_edge.onnx_names import (
+    DATA_FILE,
+    EXPORT_FORMATS,
+    LOGITS,
+    MODEL_FILE,
+    POSITIONS,
+    TOKENS,
+    has_positions,
+    state_names,
+)
 from gdn2_edge.quantize import quantize_checkpoint, stored_infos
 from gdn2_edge.quantize.recipe import make_recipe, plan
 from gdn2_edge.spec import MODEL_TYPE, ModelSpec
 from gdn2_edge.state import state_from_named
 from gdn2_edge.weights import Weight
 
-FORMATS = ("fp32", "fp16", "int8", "int4", "fp8")
 Progress = Callable[[int, int, str], None]
 
 
@@ -103,8 +111,8 @@ def export_checkpoint(
     check_apart(src, out)
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"{out} exists. Choose another --out.")
-    checkpoint = open_checkpoint(src)
-    if checkpoint.kind != "gdn2":
+    checkpoint = None if src.is_file() else open_checkpoint(src)
+    if checkpoint is None or checkpoint.kind != "gdn2":
         raise CheckpointError(f"{src} is no folder of gdn2-edge. First make one: gdn2-edge convert {src} --out DIR.")
     chosen = _chosen_format(checkpoint, format)
     if chosen in ("fp32", "fp16") or chosen == stored_format(checkpoint):
@@ -130,8 +138,8 @@ def _chosen_format(checkpoint: Checkpoint, format: str | None) -> str:
     stored = stored_format(checkpoint)
     if format is None:
         return stored
-    if format not in FORMATS:
-        raise FormatError(f"format {format!r} is unknown, expected one of {', '.join(FORMATS)}.")
+    if format not in EXPORT_FORMATS:
+        raise FormatError(f"format {format!r} is unknown, expected one of {', '.join(EXPORT_FORMATS)}.")
     if stored not in ("fp32", format):
         raise FormatError(
             f"{checkpoint.path} is already quantized to {stored}, --format says {format}. "
