@@ -122,7 +122,6 @@ def pretending(target: Target) -> Iterator[torch.device]:
         major=capability // 10,
         minor=capability % 10,
         multi_processor_count=target.multiprocessors,
-        shared_memory_per_block_optin=target.shared_bytes,
     )
     caches = [attention._frequencies]
     with (

@@ -392,8 +392,13 @@ def compile_chain(pdl: bool) -> None:
 
 def measure(run: Callable[[], None]) -> float:
     """Seconds of a run, several times in one CUDA graph; without a graph where it cannot be captured."""
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            run()
+
     try:
-        return graph_seconds(lambda: [run() for _ in range(STEPS)]) / STEPS  # type: ignore[func-returns-value]
+        return graph_seconds(steps) / STEPS
     except RuntimeError as problem:
         print(f"(no graph: {str(problem).splitlines()[0][:100]})")
         return float(triton.testing.do_bench(run, warmup=10, rep=100, return_mode="median")) / 1e3

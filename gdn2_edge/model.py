@@ -15,7 +15,7 @@ from gdn2_edge.errors import BackendError
 from gdn2_edge.forward import forward, head
 from gdn2_edge.kernels.linear import prepare
 from gdn2_edge.ops import AttentionLayer, Gdn2Layer, Layer, Mlp, ModelWeights
-from gdn2_edge.runtime import Runtime, Sample, check_tokens
+from gdn2_edge.runtime import Runtime, check_tokens
 from gdn2_edge.spec import ModelSpec
 from gdn2_edge.state import State, check_state, initial_state
 from gdn2_edge.torch_ops import TorchOps
@@ -71,20 +71,6 @@ class Model(Runtime):
         for piece in self._pieces(self._checked(tokens, state)):
             x, state = forward(self.ops, self.spec, self.weights, piece, state)
         return head(self.ops, self.spec, self.weights, x[:, -1:])[:, 0].float(), state
-
-    def step(self, token: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
-        return self.prefill(token[:, None], state)
-
-    def generate_step(self, token: Tensor, state: State[Tensor], sampling: Sample) -> tuple[Tensor, State[Tensor]]:
-        logits, state = self.step(token, state)
-        return sampling(logits, state.position), state
-
-    @torch.inference_mode()
-    def clone(self, state: State[Tensor]) -> State[Tensor]:
-        return check_state(self.spec, {name: t.clone() for name, t in state.named().items()}, "state")
-
-    def export_state(self, state: State[Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to("cpu", copy=True) for name, tensor in state.named().items()}
 
     @torch.inference_mode()
     def import_state(self, tensors: dict[str, Tensor]) -> State[Tensor]:

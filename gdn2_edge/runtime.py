@@ -12,7 +12,7 @@ from torch import Tensor
 from gdn2_edge.errors import BackendError
 from gdn2_edge.sampling import Sampling
 from gdn2_edge.spec import ModelSpec
-from gdn2_edge.state import State
+from gdn2_edge.state import State, check_state
 
 
 class Sample(Protocol):
@@ -52,21 +52,23 @@ class Runtime(ABC):
     def prefill(self, tokens: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
         """Feed tokens [B, T] (equal lengths): logits after the last one [B, V] fp32, and the new state."""
 
-    @abstractmethod
     def step(self, token: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
         """Feed one token [B] to each sequence: logits [B, V] fp32, and the new state."""
+        return self.prefill(token[:, None], state)
 
-    @abstractmethod
     def generate_step(self, token: Tensor, state: State[Tensor], sampling: Sample) -> tuple[Tensor, State[Tensor]]:
         """Feed one token [B] and choose the next, with a `Sampler`: tokens [B], and the new state."""
+        logits, state = self.step(token, state)
+        return sampling(logits, state.position), state
 
-    @abstractmethod
+    @torch.inference_mode()
     def clone(self, state: State[Tensor]) -> State[Tensor]:
         """An independent copy."""
+        return check_state(self.spec, {name: t.clone() for name, t in state.named().items()}, "state")
 
-    @abstractmethod
     def export_state(self, state: State[Tensor]) -> dict[str, Tensor]:
         """The state as named CPU tensors, see `ModelSpec.state_shapes`."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in state.named().items()}
 
     @abstractmethod
     def import_state(self, tensors: dict[str, Tensor]) -> State[Tensor]:

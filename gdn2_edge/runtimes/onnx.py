@@ -20,7 +20,7 @@ from gdn2_edge.checkpoint.onnx_file import OnnxExport, open_export
 from gdn2_edge.errors import BackendError, CheckpointError, SessionError
 from gdn2_edge.export.onnx.build_op import find_op
 from gdn2_edge.onnx_names import LOGITS, MODEL_FILE, POSITIONS, TOKENS, has_positions, state_names
-from gdn2_edge.runtime import Runtime, Sample, check_tokens
+from gdn2_edge.runtime import Runtime, check_tokens
 from gdn2_edge.state import State, check_state, initial_state, state_dtype, state_from_named
 
 # Tokens of all sequences in one call: a call computes the logits of every one of them, 64 MB with 32,000 words.
@@ -99,20 +99,6 @@ class OnnxModel(Runtime):
         for piece in _pieces(tokens):
             logits, state = self._run(piece, state)
         return logits[:, -1].clone(), state
-
-    def step(self, token: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
-        return self.prefill(token[:, None], state)
-
-    def generate_step(self, token: Tensor, state: State[Tensor], sampling: Sample) -> tuple[Tensor, State[Tensor]]:
-        logits, state = self.step(token, state)
-        return sampling(logits, state.position), state
-
-    @torch.inference_mode()
-    def clone(self, state: State[Tensor]) -> State[Tensor]:
-        return check_state(self.spec, {name: t.clone() for name, t in state.named().items()}, "state")
-
-    def export_state(self, state: State[Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to("cpu", copy=True) for name, tensor in state.named().items()}
 
     @torch.inference_mode()
     def import_state(self, tensors: dict[str, Tensor]) -> State[Tensor]:

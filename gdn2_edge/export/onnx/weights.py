@@ -9,35 +9,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gdn2_edge.checkpoint.files import TensorInfo
-from gdn2_edge.model import WeightReader
-from gdn2_edge.spec import ModelSpec
+from gdn2_edge.model import WeightReader, WeightSource
 from gdn2_edge.weights import Dense, Fp8, Int4, Int8, Weight, join, layout_of
 
 Layout = type[Dense] | type[Int8] | type[Fp8] | type[Int4]
 FORMATS: dict[Layout, str] = {Dense: "fp32", Int8: "int8", Fp8: "fp8", Int4: "int4"}
 
 
-class Source(Protocol):
+class Source(WeightSource, Protocol):
     """A checkpoint, or the plan of one."""
 
-    @property
-    def spec(self) -> ModelSpec: ...
-    @property
-    def path(self) -> Path: ...
-    @property
-    def fingerprint(self) -> str: ...
     def stored(self, name: str) -> dict[str, TensorInfo]:
         """Suffix -> dtype and shape of the stored tensors of one canonical tensor."""
-
-    def weight(self, name: str) -> Weight:
-        """One tensor in its stored layout."""
 
 
 @dataclass(frozen=True)
