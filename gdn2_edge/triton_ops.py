@@ -17,7 +17,7 @@ from torch import Tensor
 from gdn2_edge.kernels.triton import attention, batch_recurrence, gemm, launch, recurrence, rows, sample
 from gdn2_edge.kernels.triton.activation import BOTH_FORMS, Activation, Forms, make_activation
 from gdn2_edge.kernels.triton.gemv import gemv, num_programs, split_for
-from gdn2_edge.kernels.triton.launch import Gpu, cdiv, gpu_of, next_power_of_2, pdl_options
+from gdn2_edge.kernels.triton.launch import Gpu, cdiv, gpu_of, next_power_of_2, pdl_options, register_options
 from gdn2_edge.kernels.triton.stored import WEIGHTS_PER_WORD, stored
 from gdn2_edge.ops import AttentionLayer, Gdn2Layer, Layer, ModelWeights
 from gdn2_edge.spec import ModelSpec
@@ -30,7 +30,7 @@ EMBED_BLOCK = 128
 # rows it takes at once, fewer than threads: the compiler then leaves the state where each thread has loaded it.
 MAX_BLOCK_V, MIN_STATE_PROGRAMS, STATE_ROWS = 64, 512, 64
 # Of a mixer's threads, two programs a multiprocessor. Left alone, NVIDIA's assembler saves some, and so puts off loads.
-MIXER_REGISTERS: dict[bool, dict[str, int]] = {True: {"maxnreg": 128}, False: {}}
+MIXER_REGISTERS = 128
 
 
 @dataclass(frozen=True)
@@ -345,7 +345,7 @@ class DecodeStep:
             ASM=self.gpu.asm,
             HARDWARE_FP8=self.gpu.hardware_fp8,
             num_warps=8,
-            **MIXER_REGISTERS[self.gpu.asm],
+            **register_options(self.gpu.asm, MIXER_REGISTERS),
         )
         return out
 

@@ -137,7 +137,7 @@ def load_values_of(
     BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """The input, fp32, for each chunk and weight of a word a tensor [BLOCK_N, vectors, 4], the same for all rows.
+    """The input, fp32, for each chunk and weight of a word a tensor [vectors, BLOCK_N, 4], the same for all rows.
 
     It has the rows of a tile of weights so that the compiler gives both one layout: each thread then loads what its
     weights meet, 16 bytes at once, and nothing goes through shared memory.
@@ -145,10 +145,10 @@ def load_values_of(
     PER_WORD: tl.constexpr = weights_per_word(FORMAT)
     VECTORS: tl.constexpr = BLOCK_K // (4 * PER_WORD)
     IN_HEAD: tl.constexpr = HEAD % (4 * PER_WORD) == 0  # a vector lies within a head
-    no_row = tl.zeros((BLOCK_N, 1, 1), tl.int32)
+    no_row = tl.zeros((1, BLOCK_N, 1), tl.int32)
     chunks = ()
     for i in tl.static_range(CHUNKS):
-        o_v = i * VECTORS + tl.arange(0, VECTORS)[None, :, None]
+        o_v = i * VECTORS + tl.arange(0, VECTORS)[:, None, None]
         o_w = o_v * 4 + tl.arange(0, 4)[None, None, :] + no_row
         mask = (o_v < K // (4 * PER_WORD)) & (no_row == 0)
         factor = 1.0
@@ -180,18 +180,18 @@ def load_planes(
 ):
     """The input in fixed point, arranged as the codes of a word of weights are.
 
-    A chunk for int8 takes three tensors [BLOCK_N, vectors of 16, 4], the same for all rows (see `load_values_of`): high
-    bytes, low bytes, unit. For int4 six: high bytes that meet even and odd codes, low bytes of both, unit [BLOCK_N,
-    vectors of 32, 4], and what codes of 8, which stand for 0, add up to [BLOCK_N, vectors].
+    A chunk for int8 takes three tensors [vectors of 16, BLOCK_N, 4], the same for all rows (see `load_values_of`): high
+    bytes, low bytes, unit. For int4 six: high bytes that meet even and odd codes, low bytes of both, unit [vectors of
+    32, BLOCK_N, 4], and what codes of 8, which stand for 0, add up to [vectors, BLOCK_N].
     """
     p_high_words = p_high.to(tl.pointer_type(tl.int32 if FORMAT == "int8" else tl.int64))
     p_low_words = p_low.to(tl.pointer_type(tl.int32 if FORMAT == "int8" else tl.int64))
     VECTOR: tl.constexpr = 4 * weights_per_word(FORMAT)
     IN_HEAD: tl.constexpr = HEAD % VECTOR == 0
-    no_row = tl.zeros((BLOCK_N, 1, 1), tl.int32)
+    no_row = tl.zeros((1, BLOCK_N, 1), tl.int32)
     chunks = ()
     for i in tl.static_range(CHUNKS):
-        o_v = i * (BLOCK_K // VECTOR) + tl.arange(0, BLOCK_K // VECTOR)[None, :, None]
+        o_v = i * (BLOCK_K // VECTOR) + tl.arange(0, BLOCK_K // VECTOR)[:, None, None]
         o_w = o_v * 4 + tl.arange(0, 4)[None, None, :] + no_row
         mask = (o_v < K // VECTOR) & (no_row == 0)
         high = tl.load(p_high_words + o_w, mask, 0)

@@ -2,6 +2,8 @@
 
 Each program owns consecutive rows of W and works on BLOCK_N of them at a time. Its first rows are asked for before the
 kernel waits for the one before it, and later rows while earlier ones are multiplied, so that the memory is always busy.
+Nothing but a load makes a thread wait until all rows are done: the loop over tiles is unrolled, and what threads have
+summed of a row meets once, at the end.
 
 bf16, fp16, fp32 and fp8 weights become fp32 in registers and meet the fp32 values of the input. int8 and int4 codes
 meet the bytes of its 16-bit fixed point: four products an instruction, whose sums are exact; that takes
@@ -28,29 +30,55 @@ from gdn2_edge.kernels.triton.activation import (
     load_values_of,
     write_activation,
 )
-from gdn2_edge.kernels.triton.launch import Gpu, let_next_start, pdl_options, wait_for_previous
+from gdn2_edge.kernels.triton.launch import Gpu, let_next_start, pdl_options, register_options, wait_for_previous
 from gdn2_edge.kernels.triton.stored import WEIGHTS_PER_WORD, dot4, stored, weights_per_word, word_values
 from gdn2_edge.weights import Weight
 
 
 class Config(NamedTuple):
-    """How `gemv` is cut: tiles a program, rows a tile, channels a chunk, warps, tiles asked for ahead."""
+    """How `gemv` is cut: tiles a program, rows a tile, channels a chunk, warps, tiles asked for ahead.
+
+    registers: the most a thread may have; 0: as many as the compiler likes. in_turn: threads add up each tile before
+    the next one, which keeps the compiler from asking for all tiles at once.
+    """
 
     tiles: int
     block_n: int
     block_k: int
     num_warps: int
     ahead: int
+    registers: int = 0
+    in_turn: bool = False
 
 
 # Measured on an H100 as whole steps of the 1.3B model: for wide outputs, for "glu", for "add" with few and with many
 # input channels (o_proj and w3).
 CONFIGS = {
-    "int8": (Config(3, 4, 512, 4, 1), Config(6, 4, 1024, 8, 1), Config(2, 4, 2048, 4, 2), Config(4, 2, 2048, 4, 1)),
-    "int4": (Config(5, 8, 1024, 8, 1), Config(4, 4, 1024, 4, 1), Config(2, 4, 2048, 4, 2), Config(4, 2, 4096, 4, 2)),
-    "fp8": (Config(8, 2, 512, 4, 2), Config(4, 4, 512, 4, 1), Config(2, 4, 1024, 4, 2), Config(2, 4, 1024, 8, 2)),
-    "bf16": (Config(3, 4, 256, 4, 1), Config(2, 4, 256, 4, 1), Config(2, 4, 256, 4, 2), Config(2, 4, 512, 8, 2)),
-    "fp32": (Config(2, 2, 256, 4, 2), Config(6, 4, 256, 8, 1), Config(2, 4, 512, 4, 2), Config(2, 4, 1024, 8, 2)),
+    "int8": (
+        Config(3, 4, 512, 4, 1),
+        Config(2, 8, 512, 4, 1, in_turn=True),
+        Config(2, 4, 2048, 4, 2),
+        Config(2, 4, 1024, 4, 1, in_turn=True),
+    ),
+    "int4": (
+        Config(5, 8, 1024, 8, 1),
+        Config(4, 4, 1024, 4, 1, in_turn=True),
+        Config(2, 8, 2048, 4, 2, registers=128),
+        Config(2, 4, 4096, 4, 1, in_turn=True),
+    ),
+    "fp8": (
+        Config(4, 4, 512, 4, 1),
+        Config(2, 4, 512, 4, 1),
+        Config(1, 8, 1024, 8, 1, registers=80),
+        Config(4, 2, 4096, 8, 2, registers=128),
+    ),
+    "bf16": (
+        Config(6, 4, 256, 4, 2),
+        Config(2, 4, 256, 4, 1),
+        Config(2, 4, 1024, 4, 2, registers=128),
+        Config(4, 2, 2048, 8, 1, registers=128),
+    ),
+    "fp32": (Config(2, 2, 256, 4, 2), Config(2, 4, 256, 8, 1), Config(2, 4, 512, 4, 2), Config(2, 4, 1024, 8, 2)),
 }
 CONFIGS["fp16"] = CONFIGS["bf16"]
 MANY_CHANNELS = 4096
@@ -68,7 +96,7 @@ def gemv_config(format: str, channels: int, output: str, gpu: Gpu) -> Config:
 
 PAIR_ARGUMENTS = (
     "p_w_2", "p_scale_2", "p_y_2", "N_2", "programs",
-    "FORMAT_2", "GROUP_2", "TILES_2", "BLOCK_N_2", "BLOCK_K_2", "AHEAD_2",
+    "FORMAT_2", "GROUP_2", "TILES_2", "BLOCK_N_2", "BLOCK_K_2", "AHEAD_2", "IN_TURN_2",
 )  # fmt: skip
 
 
@@ -124,7 +152,8 @@ def gemv(
         config_2 = config_2._replace(block_n=max(1, int(config_2.block_n * lanes)))
         more = triton.cdiv(second.shape[0], config_2.tiles * config_2.block_n)
         places = (codes_2, scale_2, y[rows:], second.shape[0], programs)
-        pair = dict(zip(PAIR_ARGUMENTS, (*places, format_2, group_2, *config_2[:3], config_2.ahead), strict=True))
+        cut = (*config_2[:3], config_2.ahead, config_2.in_turn)
+        pair = dict(zip(PAIR_ARGUMENTS, (*places, format_2, group_2, *cut), strict=True))
     gemv_kernel[(programs + more,)](
         x.values,
         x.high,
@@ -158,11 +187,13 @@ def gemv(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         AHEAD=config.ahead,
+        IN_TURN=config.in_turn,
         ASM=gpu.asm,
         HARDWARE_FP8=gpu.hardware_fp8,
         PDL=gpu.pdl,
         **pair,
         num_warps=config.num_warps,
+        **register_options(gpu.asm, config.registers),
         **pdl_options(gpu.pdl),
     )
 
@@ -201,6 +232,7 @@ def gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     AHEAD: tl.constexpr,  # tiles that are loaded before the first is used
+    IN_TURN: tl.constexpr,  # sums of a tile are taken before the next
     ASM: tl.constexpr,
     HARDWARE_FP8: tl.constexpr,
     PDL: tl.constexpr,
@@ -216,6 +248,7 @@ def gemv_kernel(
     BLOCK_N_2: tl.constexpr,
     BLOCK_K_2: tl.constexpr,
     AHEAD_2: tl.constexpr,
+    IN_TURN_2: tl.constexpr,
 ):
     """One or two matrices, whose rows are divided between the programs."""
     if FORMAT_2 is None or tl.program_id(0) < programs:
@@ -253,6 +286,7 @@ def gemv_kernel(
             BLOCK_N,
             BLOCK_K,
             AHEAD,
+            IN_TURN,
             ASM,
             HARDWARE_FP8,
             PDL,
@@ -292,6 +326,7 @@ def gemv_kernel(
             BLOCK_N_2,
             BLOCK_K_2,
             AHEAD_2,
+            IN_TURN_2,
             ASM,
             HARDWARE_FP8,
             PDL,
@@ -333,6 +368,7 @@ def _program(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     AHEAD: tl.constexpr,  # tiles that are loaded before the first is used
+    IN_TURN: tl.constexpr,  # sums of a tile are taken before the next
     ASM: tl.constexpr,
     HARDWARE_FP8: tl.constexpr,
     PDL: tl.constexpr,
@@ -359,32 +395,40 @@ def _program(
     up_scale = tl.load(p_scale + o_n + N, mask, 0.0) if scaled and HALVES == 2 else 1.0
     gain = tl.load(p_gain + o_n, mask, 0.0) if OUTPUT == "add" else 1.0
 
-    wait_for_previous(PDL)
     let_next_start(PDL)
+    wait_for_previous(PDL)
     if FORMAT == "int8" or FORMAT == "int4":
         x = load_planes(
             p_high, p_low, p_unit, p_squares, eps, K, FORMAT, NORM, HEAD, PARTS, BLOCK_N, BLOCK_K, CHUNKS, ASM
         )
     else:
         x = load_values_of(p_values, p_squares, eps, K, SPLIT, FORMAT, NORM, HEAD, PARTS, BLOCK_N, BLOCK_K, CHUNKS)
-    factor = 1.0
-    if NORM == "rms":
-        o_part = tl.arange(0, SQUARES)
-        factor = tl.rsqrt(tl.sum(tl.load(p_squares + o_part, o_part < num_squares, 0.0)) / K + eps)
+    o_part = tl.arange(0, SQUARES)
+    squares = tl.load(p_squares + o_part, o_part < num_squares, 0.0) if NORM == "rms" else 0.0
     before = tl.load(p_y + o_n, mask, 0.0) if OUTPUT == "add" else 0.0
 
-    y = tl.zeros((TILE_COUNT, BLOCK_N), tl.float32)
-    up = tl.zeros((TILE_COUNT, BLOCK_N), tl.float32)
-    o_tile = tl.arange(0, TILE_COUNT)[:, None]
-    for t in range(TILES):
-        first = start + (t + AHEAD) * BLOCK_N
-        w = w + _load_tile(p_w, p_scale, first, end, N, K, FORMAT, GROUP, HALVES, BLOCK_N, BLOCK_K, CHUNKS)
-        y = tl.where(o_tile == t, _product(w, x, 0, FORMAT, BLOCK_N, BLOCK_K, CHUNKS, ASM, HARDWARE_FP8)[None, :], y)
+    # Each thread keeps its own sums until all tiles are done: threads that meet wait for each other's loads.
+    parts, up_parts = (), ()
+    for t in tl.static_range(TILES):  # unrolled: handing a tile on to the next turn would wait for its loads
+        if t + AHEAD < TILES:
+            first = start + (t + AHEAD) * BLOCK_N
+            w = w + _load_tile(p_w, p_scale, first, end, N, K, FORMAT, GROUP, HALVES, BLOCK_N, BLOCK_K, CHUNKS)
+        part = _product(w, x, TENSORS * t, FORMAT, BLOCK_N, BLOCK_K, CHUNKS, ASM, HARDWARE_FP8)
+        parts = parts + (tl.sum(part, 0) if IN_TURN else part,)
         if OUTPUT == "glu":
-            second = _product(w, x, TENSORS // 2, FORMAT, BLOCK_N, BLOCK_K, CHUNKS, ASM, HARDWARE_FP8)
-            up = tl.where(o_tile == t, second[None, :], up)
-        w = w[TENSORS:]
+            part = _product(w, x, TENSORS * t + TENSORS // 2, FORMAT, BLOCK_N, BLOCK_K, CHUNKS, ASM, HARDWARE_FP8)
+            up_parts = up_parts + (tl.sum(part, 0) if IN_TURN else part,)
 
+    factor = tl.rsqrt(tl.sum(squares) / K + eps) if NORM == "rms" else 1.0
+    y = _side_by_side(parts, TILES, TILE_COUNT)
+    if OUTPUT == "glu":
+        y = tl.join(y, _side_by_side(up_parts, TILES, TILE_COUNT))
+    if not IN_TURN:
+        y = tl.sum(y, 0)
+    if OUTPUT == "glu":
+        y, up = y.split()
+        up = tl.trans(up.reshape(BLOCK_N, TILE_COUNT))
+    y = tl.trans(y.reshape(BLOCK_N, TILE_COUNT))
     y = y.reshape(ROWS) * (factor * scale)
     if OUTPUT == "store":
         tl.store(p_y + o_n, y, mask)
@@ -414,7 +458,7 @@ def _load_tile(
     BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Stored weights of up to BLOCK_N rows as int32 words [BLOCK_N, vectors, 4], CHUNKS for each half.
+    """Stored weights of up to BLOCK_N rows as int32 words [vectors, BLOCK_N, 4], CHUNKS for each half.
 
     A vector is 16 bytes, what a thread loads at once. For int4 each tensor is followed by the scales of its vectors.
     """
@@ -427,15 +471,29 @@ def _load_tile(
         row = (o_n + half * N).to(tl.int64)
         for i in tl.static_range(CHUNKS):
             o_v = i * (BLOCK_K // VECTOR) + tl.arange(0, BLOCK_K // VECTOR)
-            inside = mask[:, None] & (o_v < K // VECTOR)[None, :]
-            o_w = o_v[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-            words = tl.load(p_words + row[:, None, None] * (K // VECTOR * 4) + o_w, inside[:, :, None], 0)
+            inside = (o_v < K // VECTOR)[:, None] & mask[None, :]
+            o_w = o_v[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
+            words = tl.load(p_words + row[None, :, None] * (K // VECTOR * 4) + o_w, inside[:, :, None], 0)
             if FORMAT == "int4":
-                o_g = row[:, None] * (K // GROUP) + (o_v // (GROUP // VECTOR))[None, :]
+                o_g = row[None, :] * (K // GROUP) + (o_v // (GROUP // VECTOR))[:, None]
                 tile = tile + (words, tl.load(p_scale + o_g, inside, 0.0))
             else:
                 tile = tile + (words,)
     return tile
+
+
+@triton.jit
+def _side_by_side(parts, TILES: tl.constexpr, TILE_COUNT: tl.constexpr):
+    """Tensors as one with further dimensions of 2, whose last is the lowest bit of a tensor's place in the tuple."""
+    for _ in tl.static_range(TILE_COUNT - TILES):
+        parts = parts + (parts[0] * 0.0,)
+    for level in tl.static_range(1, 5):
+        if TILE_COUNT >> level > 0:
+            pairs = ()
+            for i in tl.static_range(TILE_COUNT >> level):
+                pairs = pairs + (tl.join(parts[i], parts[i + (TILE_COUNT >> level)]),)
+            parts = pairs
+    return parts[0]
 
 
 @triton.jit
@@ -450,20 +508,20 @@ def _product(
     ASM: tl.constexpr,
     HARDWARE_FP8: tl.constexpr,
 ):
-    """Codes times x (int4: with scales) for the tile in w from FIRST on: fp32 [BLOCK_N]."""
+    """Codes times x (int4: with scales) for the tile in w from FIRST on: fp32 [vectors, BLOCK_N], a thread's own."""
     PER_WORD: tl.constexpr = weights_per_word(FORMAT)
     VECTORS: tl.constexpr = BLOCK_K // (4 * PER_WORD)
     if FORMAT == "int8":
-        y = tl.zeros((BLOCK_N, VECTORS, 4), tl.float32)
+        y = tl.zeros((VECTORS, BLOCK_N, 4), tl.float32)
         for i in tl.static_range(CHUNKS):
             codes = w[FIRST + i]
             zero = tl.zeros(codes.shape, tl.int32)
             high = dot4(codes, x[3 * i], zero, ASM, True, True)
             low = dot4(codes, x[3 * i + 1], zero, ASM, True, False)
             y += (high * 256 + low).to(tl.float32) * x[3 * i + 2]
-        return tl.sum(tl.sum(y, 2), 1)
+        return tl.sum(y, 2)
     elif FORMAT == "int4":
-        y = tl.zeros((BLOCK_N, VECTORS), tl.float32)
+        y = tl.zeros((VECTORS, BLOCK_N), tl.float32)
         for i in tl.static_range(CHUNKS):
             words = w[FIRST + 2 * i]
             even = words & 0x0F0F0F0F
@@ -475,11 +533,11 @@ def _product(
             low = dot4(odd, x[6 * i + 3], low, ASM, False, False)
             total = tl.sum((high * 256 + low).to(tl.float32) * x[6 * i + 4], 2)
             y += (total - x[6 * i + 5]) * w[FIRST + 2 * i + 1].to(tl.float32)
-        return tl.sum(y, 1)
+        return y
     else:
-        y = tl.zeros((BLOCK_N, VECTORS, 4), tl.float32)
+        y = tl.zeros((VECTORS, BLOCK_N, 4), tl.float32)
         for i in tl.static_range(CHUNKS):
             values = word_values(w[FIRST + i], FORMAT, HARDWARE_FP8)
             for j in tl.static_range(PER_WORD):
                 y += values[j] * x[PER_WORD * i + j]
-        return tl.sum(tl.sum(y, 2), 1)
+        return tl.sum(y, 2)

@@ -56,6 +56,11 @@ def pdl_options(pdl: bool) -> dict[str, Any]:
     return {"launch_pdl": True} if pdl else {}
 
 
+def register_options(asm: bool, most: int) -> dict[str, Any]:
+    """Keyword arguments of a launch whose threads may have so many registers (0: any number); not for AMD."""
+    return {"maxnreg": most} if asm and most else {}
+
+
 def count_launches(launch: Callable[[], None]) -> int:
     """Do it, and say how many kernels it launched."""
     count = 0

@@ -113,8 +113,8 @@ def decode_kernel(
     k_past, k_newest = past(p_conv, p_tail, p_tail_after, KEYS + rows, m_k, m_first, CONV)
     v_past, v_newest = past(p_conv, p_tail, p_tail_after, 2 * KEYS + o_value, m_v, m_v, CONV)
 
-    wait_for_previous(PDL)
     let_next_start(PDL)
+    wait_for_previous(PDL)
     p_y += i_b.to(tl.int64) * y_stride
     p_gates = p_y + 2 * KEYS + VALUE_DIM
     p_ranks = p_gates + KEYS + VALUE_DIM
