@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gdn2_edge.errors import BackendError
+from gdn2_edge.errors import BackendError, SessionError
 from gdn2_edge.sampling import Sampling
 from gdn2_edge.spec import ModelSpec
 from gdn2_edge.state import State, check_state
@@ -64,10 +64,12 @@ class Runtime(ABC):
     @torch.inference_mode()
     def clone(self, state: State[Tensor]) -> State[Tensor]:
         """An independent copy."""
+        check_is_state(state)
         return check_state(self.spec, {name: t.clone() for name, t in state.named().items()}, "state")
 
     def export_state(self, state: State[Tensor]) -> dict[str, Tensor]:
         """The state as named CPU tensors, see `ModelSpec.state_shapes`."""
+        check_is_state(state)
         return {name: tensor.to("cpu", copy=True) for name, tensor in state.named().items()}
 
     @abstractmethod
@@ -75,12 +77,35 @@ class Runtime(ABC):
         """The inverse of `export_state`; raises SessionError where a tensor does not fit."""
 
 
+def check_is_state(state: object) -> None:
+    """Raise SessionError unless it is a state with a position for each sequence."""
+    position = state.position if isinstance(state, State) else None
+    if not isinstance(position, Tensor) or position.ndim != 1 or position.dtype != torch.int64:
+        what = f"a {type(state).__name__}" if position is None else f"a State whose position is {_described(position)}"
+        raise SessionError(
+            f"the state is {what}, expected a State whose position is int64 [B]. "
+            "Take what initial_state, import_state or the call before returned."
+        )
+
+
+def _described(value: object) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
 def check_tokens(spec: ModelSpec, tokens: Tensor, state: State[Tensor] | None) -> None:
-    """Raise BackendError unless tokens are ids [B, T] of the model's vocabulary for the state's sequences."""
+    """Raise unless tokens are ids [B, T] of the model's vocabulary for the state's sequences.
+
+    Raises:
+        BackendError: the tokens are not.
+        SessionError: the state is none.
+    """
     if tokens.ndim != 2 or tokens.numel() < 1 or tokens.dtype != torch.int64:
         raise BackendError(f"tokens are {tuple(tokens.shape)} {tokens.dtype}, expected int64 [B, T], both at least 1.")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= spec.vocab_size:
         raise BackendError(f"token ids {low}..{high} are outside the vocabulary 0..{spec.vocab_size - 1}.")
-    if state is not None and state.position.shape[0] != tokens.shape[0]:
+    if state is None:
+        return
+    check_is_state(state)
+    if state.position.shape[0] != tokens.shape[0]:
         raise BackendError(f"the state is of {state.position.shape[0]} sequences, the tokens are of {tokens.shape[0]}.")

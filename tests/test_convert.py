@@ -109,6 +109,11 @@ def test_a_source_is_never_replaced(source: Path, tmp_path: Path) -> None:
         convert_checkpoint(tmp_path / "a", tmp_path / "a", dtype="bf16", force=True)
     with pytest.raises(CheckpointError, match="is or holds the source"):
         quantize_checkpoint(tmp_path / "a", tmp_path / "b" / ".." / "a", Recipe(format="int8"), force=True)
+    for inside in (tmp_path / "a" / "b", tmp_path / "a" / "b" / "c"):
+        with pytest.raises(CheckpointError, match="is inside the source"):
+            convert_checkpoint(tmp_path / "a", inside)
+        with pytest.raises(CheckpointError, match="is inside the source"):
+            quantize_checkpoint(tmp_path / "a", inside, Recipe(format="int8"))
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
 
 

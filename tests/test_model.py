@@ -170,6 +170,30 @@ def test_state_travels_as_named_tensors(golden: Any) -> None:
         model.import_state(tensors)
 
 
+def test_what_is_no_state_is_refused(golden: Any) -> None:
+    model, _ = golden
+    ids, good = torch.tensor([[1]]), model.initial_state()
+    for bad, message in (
+        ({}, "the state is a dict, expected a State"),
+        (good.named(), "the state is a dict"),
+        (
+            State(torch.tensor(0), good.layers),
+            r"position is \(\) torch.int64, expected a State whose position is int64",
+        ),
+        (State(torch.zeros(1), good.layers), r"position is \(1,\) torch.float32"),
+        (State(0, good.layers), "position is a int"),
+    ):
+        for call in (
+            lambda state: model.forward(ids, state),
+            lambda state: model.prefill(ids, state),
+            lambda state: model.step(ids[0], state),
+            model.clone,
+            model.export_state,
+        ):
+            with pytest.raises(SessionError, match=message):
+                call(bad)
+
+
 def test_bf16_activations_are_near(golden: Any) -> None:
     # bf16 has 8 bits: each product is off by up to 2^-9, and 3 to 4 layers of them add up to a few percent.
     model, values = golden

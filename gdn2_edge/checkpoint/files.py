@@ -260,10 +260,12 @@ def companions(path: Path) -> dict[str, bytes]:
 
 
 def check_apart(src: Path, dst: Path) -> None:
-    """Raise CheckpointError if writing `dst` would replace `src`."""
-    target = dst.resolve()
-    if target in (src.resolve(), *src.resolve().parents):
+    """Raise CheckpointError if writing `dst` would replace `src` or add to it."""
+    source, target = src.resolve(), dst.resolve()
+    if target in (source, *source.parents):
         raise CheckpointError(f"{dst} is or holds the source {src}. Choose another --out.")
+    if source in target.parents and source.is_dir():
+        raise CheckpointError(f"{dst} is inside the source {src}. Choose another --out.")
 
 
 def identity(path: Path) -> list[list[Any]]:

@@ -83,9 +83,7 @@ def write_checkpoint(
             notes = {} if notes is None else notes
             work = {"spec": spec.to_json(), "format": 1, "shard_bytes": SHARD_BYTES, **identity}
             done = _resume_point(partial, work, notes)
-            free, needed = shutil.disk_usage(partial).free, total - done.nbytes(partial)
-            if free < needed:
-                raise CheckpointError(f"{out.parent}: {free >> 20} MiB are free, {needed >> 20} MiB are needed.")
+            check_room(partial, total - done.nbytes(partial), out)
             shards = _plan_shards(jobs)
             _write_shards(partial, shards, done, total, progress)
             digest = _fingerprint(spec, done.digests)
@@ -107,6 +105,13 @@ def write_checkpoint(
             raise CheckpointError(f"{out}: cannot be written ({error.strerror or error}).") from None
         raise
     return digest
+
+
+def check_room(folder: Path, needed: int, out: Path) -> None:
+    """Raise CheckpointError if `folder`, which becomes `out`, cannot take so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(f"{out.parent}: {free >> 20} MiB are free, {needed >> 20} MiB are needed.")
 
 
 def _check_target(out: Path, force: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gdn2_edge.cli.render import megabytes, print_json, progress
+from gdn2_edge.cli.render import megabytes, print_json, progress, stages
 
 app = typer.Typer(help="Write a model for other programs.", no_args_is_help=True)
 
@@ -43,7 +43,7 @@ def onnx(
     if build_op:
         if src is not None or format is not None or portable or dry_run:
             raise typer.BadParameter("--build-op exports nothing: it goes with --out, --json and --quiet alone.")
-        _build_op(Path(out) if out is not None else None, json)
+        _build_op(Path(out) if out is not None else None, json, quiet)
         return
     if src is None or out is None:
         raise typer.BadParameter("give what to export and where: SRC --out DIR.")
@@ -73,10 +73,12 @@ def onnx(
     )
 
 
-def _build_op(out: Path | None, json: bool) -> None:
+def _build_op(out: Path | None, json: bool, quiet: bool) -> None:
     from gdn2_edge.export.onnx.build_op import build_op
 
-    library = build_op(out)
+    with stages(quiet) as show:
+        show("Compiling")
+        library = build_op(out)
     if json:
         print_json({"library": str(library)})
         return

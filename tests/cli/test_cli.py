@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +154,16 @@ def test_an_empty_pipe_is_wrong_usage() -> None:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "holds no prompt" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_the_program_is_still_imported(sent: signal.Signals, code: int, tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text(f"import os, time\nos.kill(os.getpid(), {int(sent)})\ntime.sleep(30)\n")
+    search = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "gdn2_edge", "--version"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": search}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 
 
 def test_version_and_debug(run) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,21 @@ def test_what_does_not_go_together(
 ) -> None:
     assert run(monkeypatch, *arguments) == 2
     assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_export_that_is_stopped_leaves_nothing(sent: signal.Signals, code: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gdn2_edge", "export", "onnx", "tiny", "--format", "int8"]
+    with subprocess.Popen([*command, "--out", str(tmp_path / "new" / "x")], stderr=subprocess.PIPE) as process:
+        while not list(tmp_path.glob("new/.x.*/quantized")) and not list(tmp_path.glob("new/.x.*/.quantized.partial")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(sent)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert b"Traceback" not in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_operators_library(

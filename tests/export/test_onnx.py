@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +19,7 @@ pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx_running import Exported, largest_differences
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,6 +31,7 @@ from gdn2_edge.convert import convert_checkpoint
 from gdn2_edge.errors import CheckpointError, FormatError
 from gdn2_edge.export.onnx import export_onnx, writer
 from gdn2_edge.export.onnx.exporter import Report, build
+from gdn2_edge.export.onnx.graph import Graph
 from gdn2_edge.export.onnx.writer import write_model
 from gdn2_edge.loading import model_path
 from gdn2_edge.model import Model, load_model
@@ -72,6 +76,7 @@ def golden_ids(model: Model) -> Tensor:
 @pytest.mark.parametrize("portable", [False, True])
 def test_golden_models_whole_and_in_pieces(golden: Model, portable: bool, tmp_path: Path) -> None:
     report = export_onnx(golden.path, tmp_path / "X", portable=portable)
+    onnx.checker.check_model(tmp_path / "X" / MODEL_FILE, full_check=True)
     assert (set(report.domains) == STANDARD) is portable
     exported, ids = Exported(tmp_path / "X", golden.spec), golden_ids(golden)
     expected = golden.forward(ids)
@@ -298,7 +303,6 @@ def test_quantized_rows_that_no_block_divides(format: str, portable: bool, tmp_p
 @pytest.mark.parametrize("bits", [4, 8])
 def test_onnxruntime_reads_codes_as_we_mean_them(bits: int, tmp_path: Path) -> None:
     """Products with unit vectors are the weights; only the rounding of the vector's scale is between them."""
-    from gdn2_edge.export.onnx.graph import Graph
     from gdn2_edge.export.onnx.products import product
     from gdn2_edge.export.onnx.weights import Run
     from gdn2_edge.quantize.int4 import encode_int4
@@ -348,6 +352,7 @@ def test_weights_in_a_file_of_their_own(golden: Model, tmp_path: Path, monkeypat
     report = export_onnx(golden.path, tmp_path / "Y")
     assert DATA_FILE in report.files
     assert (tmp_path / "Y" / MODEL_FILE).stat().st_size < 300_000
+    onnx.checker.check_model(tmp_path / "Y" / MODEL_FILE, full_check=True)
     ids = golden_ids(golden)
     one, other = (Exported(tmp_path / name, golden.spec).run(ids)[0] for name in "XY")
     assert torch.equal(one, other)
@@ -390,17 +395,52 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         export_tiny(tmp_path / "a" / "b")
 
 
+@pytest.mark.usefixtures("leftovers")
+@pytest.mark.parametrize("format", ["fp32", "int8"])
+def test_too_little_room_is_seen_before_any_weight(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3 << 20))
+    with pytest.raises(CheckpointError, match=r"3 MiB are free, \d+ MiB are needed"):
+        export_tiny(tmp_path / "a", format=format)
+
+
+def test_weights_are_in_memory_one_at_a_time(tmp_path: Path) -> None:
+    graph, made = Graph(), list[weakref.ref[Tensor]]()
+
+    def make() -> Tensor:
+        assert all(ref() is None for ref in made)
+        tensor = torch.ones(1 << 18)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    for i in range(4):
+        graph.node("MatMul", "x", graph.initializer(f"w{i}", TensorProto.FLOAT, (512, 512), make))
+    names = [node.output[0] for node in graph.nodes]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 512])
+    ys = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 512]) for name in names]
+    model = helper.make_model(helper.make_graph(graph.nodes, "g", [x], ys), opset_imports=[helper.make_opsetid("", 23)])
+    tracemalloc.start()
+    write_model(model, list(graph.initializers.values()), tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(made) == 4
+    assert peak < 1 << 19
+    assert (tmp_path / MODEL_FILE).stat().st_size > 4 << 20
+
+
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
         (model_path("tiny"), {"format": "int3"}, "format 'int3' is unknown, expected one of fp32"),
         (GOLDEN / "recurrent-model-ckpt.pth", {}, "First make one: gdn2-edge convert"),
+        (model_path("tiny"), {"out": model_path("tiny") / "onnx"}, "is inside the source"),
     ],
 )
 @pytest.mark.usefixtures("leftovers")
 def test_what_is_refused(source: Path, options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises((CheckpointError, FormatError), match=message):
-        export_onnx(source, tmp_path / "X", **options)
+        export_onnx(source, **{"out": tmp_path / "X", **options})
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

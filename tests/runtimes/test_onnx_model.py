@@ -237,6 +237,10 @@ def test_tokens_and_states_that_do_not_fit(pair: tuple[Model, OnnxModel]) -> Non
         model.prefill(ids + model.spec.vocab_size, state)
     with pytest.raises(BackendError, match="the state is of 2 sequences"):
         model.prefill(ids, model.initial_state(2))
+    for bad in ({}, State(torch.tensor(0), state.layers)):
+        for call in (model.forward, model.prefill):
+            with pytest.raises(SessionError, match="expected a State whose position is int64"):
+                call(ids, bad)
     first = state.layers[0]
     assert isinstance(first, Gdn2State)
     for S in (first.S[:, :, :-1].clone(), first.S.double(), first.S.mT):

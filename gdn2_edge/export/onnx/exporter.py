@@ -7,7 +7,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from gdn2_edge.checkpoint.files import TensorInfo, check_apart, companions
 from gdn2_edge.checkpoint.reader import Checkpoint, open_checkpoint
-from gdn2_edge.checkpoint.writer import write_atomically
+from gdn2_edge.checkpoint.writer import check_room, write_atomically
 from gdn2_edge.errors import CheckpointError, FormatError
 from gdn2_edge.export.onnx.functions import gated_delta_rule2
 from gdn2_edge.export.onnx.genai import genai_files
@@ -77,6 +77,7 @@ class _Plan:
     path: Path
     layouts: dict[str, dict[str, TensorInfo]]
     fingerprint: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
 
     def stored(self, name: str) -> dict[str, TensorInfo]:
         return self.layouts[name]
@@ -171,7 +172,7 @@ def _beside(out: Path) -> Iterator[Path]:
 
 def _export(
     original: Checkpoint,
-    source: Source,
+    source: Checkpoint | _Plan,
     out: Path,
     folder: Path | None,
     format: str,
@@ -195,11 +196,12 @@ def _export(
     config = {
         "model_type": MODEL_TYPE,
         **spec.to_json(),
-        **{k: v for k, v in getattr(source, "config", {}).items() if k == "quantization_config"},
+        **{k: v for k, v in source.config.items() if k == "quantization_config"},
         "onnx": {"format": format, "portable": portable, "opset": OPSET, "domains": domains},
         "fingerprint": source.fingerprint,
     }
     if folder is not None:
+        check_room(folder, sum(one.nbytes for one in initializers), out)
         write_model(model, initializers, folder / "model", progress)
         files["config.json"] = (json.dumps(config, indent=1) + "\n").encode()
         for name, content in files.items():

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import onnx
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from gdn2_edge.errors import CheckpointError
@@ -35,34 +35,79 @@ def uses_data_file(initializers: Sequence[Initializer]) -> bool:
 def write_model(
     model: onnx.ModelProto, initializers: Sequence[Initializer], folder: Path, progress: Progress | None = None
 ) -> None:
-    """Write `model` with its weights into `folder` and let onnx check it, shapes and types included.
+    """Let onnx check `model`, shapes and types included, and write it with its weights into `folder`.
 
     Args:
         progress: called with (bytes done, bytes in all, tensor name).
     Raises:
         OSError: as the system gave it.
     """
-    total, done = sum(one.nbytes for one in initializers), 0
+    _check(model, initializers)
+    total, done, in_data_file = sum(one.nbytes for one in initializers), 0, uses_data_file(initializers)
+    heads = _data_file_heads(initializers) if in_data_file else [_inline_head(one) for one in initializers]
+    graph = model.graph.SerializeToString()
+    rest = onnx.ModelProto()
+    rest.CopyFrom(model)
+    rest.ClearField("graph")
+    length = len(graph) + sum(map(len, heads)) + (0 if in_data_file else total)
     with contextlib.ExitStack() as files:
-        data = files.enter_context(_durable(folder / DATA_FILE)) if uses_data_file(initializers) else None
-        for one in initializers:
+        file = files.enter_context(_durable(folder / MODEL_FILE))
+        values = files.enter_context(_durable(folder / DATA_FILE)) if in_data_file else file
+        file.write(rest.SerializeToString() + _tag(onnx.ModelProto.GRAPH_FIELD_NUMBER, length) + graph)
+        for one, head in zip(initializers, heads, strict=True):
             if progress:
                 progress(done, total, one.name)
-            tensor = TensorProto(name=one.name, data_type=one.type, dims=one.shape)
-            if data is None:
-                tensor.raw_data = bytes(_bytes(one))
-            else:
-                alignment = MAPPED_ALIGNMENT if one.nbytes >= MAPPED_BYTES else ALIGNMENT
-                data.write(bytes(-data.tell() % alignment))
-                _point(tensor, data.tell(), one.nbytes)
-                data.write(_bytes(one))
-            model.graph.initializer.append(tensor)
+            file.write(head)
+            if in_data_file:
+                values.write(bytes(-values.tell() % _alignment(one)))
+            values.write(_bytes(one))
             done += one.nbytes
-    with _durable(folder / MODEL_FILE) as file:
-        file.write(model.SerializeToString())
-    onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
     if progress:
         progress(total, total, "")
+
+
+def _check(model: onnx.ModelProto, initializers: Sequence[Initializer]) -> None:
+    """Let onnx check everything but the values of the weights, which it takes for inputs."""
+    checked = onnx.ModelProto()
+    checked.CopyFrom(model)
+    checked.graph.input.extend(helper.make_tensor_value_info(one.name, one.type, one.shape) for one in initializers)
+    onnx.checker.check_model(checked, full_check=True)
+
+
+def _inline_head(one: Initializer) -> bytes:
+    """A weight as a field of a graph, up to its values."""
+    tensor: bytes = TensorProto(name=one.name, data_type=one.type, dims=one.shape).SerializeToString()
+    tensor += _tag(TensorProto.RAW_DATA_FIELD_NUMBER, one.nbytes)
+    return _tag(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(tensor) + one.nbytes) + tensor
+
+
+def _data_file_heads(initializers: Sequence[Initializer]) -> list[bytes]:
+    """Weights as fields of a graph that say where in the data file their values lie."""
+    heads, end = [], 0
+    for one in initializers:
+        end += -end % _alignment(one)
+        tensor = TensorProto(name=one.name, data_type=one.type, dims=one.shape, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", DATA_FILE), ("offset", str(end)), ("length", str(one.nbytes))):
+            tensor.external_data.add(key=key, value=value)
+        message = tensor.SerializeToString()
+        heads.append(_tag(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(message)) + message)
+        end += one.nbytes
+    return heads
+
+
+def _alignment(one: Initializer) -> int:
+    return MAPPED_ALIGNMENT if one.nbytes >= MAPPED_BYTES else ALIGNMENT
+
+
+def _tag(field: int, length: int) -> bytes:
+    """What goes before `length` bytes of a field in protobuf's wire format."""
+    numbers = []
+    for number in (field << 3 | 2, length):
+        while number > 127:
+            numbers.append(number & 127 | 128)
+            number >>= 7
+        numbers.append(number)
+    return bytes(numbers)
 
 
 @contextlib.contextmanager
@@ -72,13 +117,6 @@ def _durable(path: Path) -> Iterator[BinaryIO]:
         yield file
         file.flush()
         os.fsync(file.fileno())
-
-
-def _point(tensor: TensorProto, offset: int, length: int) -> None:
-    """Let a tensor's values lie in the data file."""
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", DATA_FILE), ("offset", str(offset)), ("length", str(length))):
-        tensor.external_data.add(key=key, value=value)
 
 
 def _bytes(one: Initializer) -> memoryview:
