@@ -456,3 +456,11 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     done = run(150, "x.gguf")
     assert done.returncode == 0, done.stderr
     assert run(40, "y.gguf").returncode != 0  # the limit is one
+
+
+def test_gguf_dump_opens_it(folder: Path, tmp_path: Path) -> None:
+    export(folder, tmp_path / "x.gguf", "q4_0")
+    command = [sys.executable, "-m", "gguf.scripts.gguf_dump", "--json", tmp_path / "x.gguf"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metadata"]["general.architecture"]["value"] == "gdn2"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -120,6 +122,7 @@ def k_quantizer() -> Quantizer:
             f"K-quants are made by ggml_quantize_chunk of the package llama_cpp, which {found}. "
             "Make one with `gdn2-edge llama-cpp build`, or choose --type q4_0, q5_0 or q8_0."
         ) from None
+    threads = ThreadPoolExecutor()
     chunk.restype = ctypes.c_size_t
     chunk.argtypes = [
         ctypes.c_int,
@@ -132,8 +135,16 @@ def k_quantizer() -> Quantizer:
     ]
 
     def quantize(values: np.ndarray[Any, Any], type: Type) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        rows, columns = values.shape
         out = np.empty(num_bytes(values.shape, type), np.uint8)
-        made = chunk(int(type), values.ctypes.data, out.ctypes.data, 0, *values.shape, None)
+        step = -(-rows // (os.cpu_count() or 1))
+
+        def make(first: int) -> int:
+            count = min(step, rows - first)
+            made: int = chunk(int(type), values.ctypes.data, out.ctypes.data, first * columns, count, columns, None)
+            return made
+
+        made = sum(threads.map(make, range(0, rows, step)))
         if made != out.nbytes:
             raise BackendError(f"ggml_quantize_chunk made {made} bytes of {type.name}, expected {out.nbytes}.")
         return out
