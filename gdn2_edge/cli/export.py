@@ -87,7 +87,7 @@ def _build_op(out: Path | None, json: bool) -> None:
 
 @app.command()
 def gguf(
-    src: Annotated[str, typer.Argument(help="A gdn2-edge folder, or the name of a model (tiny).")],
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A gdn2-edge folder, or the name of a model (tiny).")],
     type: Annotated[str, typer.Option(help="Of the matrices: f32, f16, bf16, q8_0, q5_0, q4_0 or q4_k_m.")],
     out: Annotated[str, typer.Option(metavar="FILE", help="The file to make.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and check, write nothing.")] = False,
