@@ -133,9 +133,7 @@ def _keys(checkpoint: Checkpoint, type: str, file_type: int) -> dict[str, Value]
         value = 0.0 if ours == "temperature" and told.get("do_sample") is False else told.get(ours)
         if isinstance(value, int | float) and not isinstance(value, bool):
             if not 0 <= value < MAX_NUMBER:
-                raise CheckpointError(
-                    f"generation_config.json says {ours} = {value!s:.40}, which no sampler takes."
-                )
+                raise CheckpointError(f"generation_config.json says {ours} = {value!s:.40}, which no sampler takes.")
             keys[f"general.sampling.{name}"] = int(value) if name == "top_k" else float(value)
     keys |= sizes(spec)
     keys |= {
@@ -148,9 +146,7 @@ def _keys(checkpoint: Checkpoint, type: str, file_type: int) -> dict[str, Value]
     for name, value in keys.items():
         texts = value if isinstance(value, list) else [value]
         if not all(_is_text(text) for text in texts if isinstance(text, str)):
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} would be no Unicode text (half a surrogate pair)."
-            )
+            raise CheckpointError(f"{checkpoint.path}: {name} would be no Unicode text (half a surrogate pair).")
     return {name: value for name, value in keys.items() if value != ""}
 
 
