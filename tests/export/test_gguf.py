@@ -385,6 +385,10 @@ def test_refusals_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("tokenizer.json", b"\xff", "not UTF-8"),
         ("tokenizer.json", b'{"model": 3}', "not a file of the tokenizers package"),
         ("generation_config.json", b"[]", "not valid JSON of an object"),
+        ("generation_config.json", b'{"top_k": -1}', "which no sampler takes"),
+        ("generation_config.json", b'{"temperature": 1e400}', "which no sampler takes"),
+        ("generation_config.json", b'{"temperature": NaN}', "which no sampler takes"),
+        ("generation_config.json", b'{"description": "\\ud800"}', "no Unicode text"),
     ):
         (source / name).write_bytes(content)
         refused(CheckpointError, words)

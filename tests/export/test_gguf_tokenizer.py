@@ -144,6 +144,12 @@ TOKEN = {"id": 500, "content": "<x>", "special": False, "lstrip": True, "rstrip"
         ("added_tokens", [{**TOKEN, "lstrip": False, "id": VOCAB_SIZE}], f"the model has {VOCAB_SIZE}"),
         ("added_tokens", [{**TOKEN, "lstrip": False, "content": "[PAD501]"}], "name of an unused one"),
         ("added_tokens", [], "has a token that ends a text"),
+        ("added_tokens", [{**TOKEN, "lstrip": False, "content": 5}], "not a file of the tokenizers package"),
+        ("added_tokens", [{"id": 3}], "not a file of the tokenizers package"),
+        ("model.merges", [["a"]], "not a file of the tokenizers package"),
+        ("model.merges", [["a ", "b"]], "a merge has a space in it"),
+        ("model.unk_token", ["a"], "not a file of the tokenizers package"),
+        ("model", 3, "not a file of the tokenizers package"),
     ],
 )
 def test_byte_levels_that_llama_cpp_has_not(path: str, value: Any, words: str) -> None:

@@ -29,6 +29,7 @@ from gdn2_edge.weights import Weight
 
 Progress = Callable[[int, int, str], None]
 CHUNK_VALUES = 4 << 20  # made at a time, in fp32
+MAX_NUMBER = 1 << 31  # of what a sampler is told
 METADATA_ROOM = 64 << 20  # a tokenizer, and the names of the tensors
 
 
@@ -131,6 +132,8 @@ def _keys(checkpoint: Checkpoint, type: str, file_type: int) -> dict[str, Value]
     for ours, name in SAMPLING.items():
         value = 0.0 if ours == "temperature" and told.get("do_sample") is False else told.get(ours)
         if isinstance(value, int | float) and not isinstance(value, bool):
+            if not 0 <= value < MAX_NUMBER:
+                raise CheckpointError(f"generation_config.json says {ours} = {value!s:.40}, which no sampler takes.")
             keys[f"general.sampling.{name}"] = int(value) if name == "top_k" else float(value)
     keys |= sizes(spec)
     keys |= {
@@ -140,7 +143,19 @@ def _keys(checkpoint: Checkpoint, type: str, file_type: int) -> dict[str, Value]
         f"{MODEL_TYPE}.generation_config": json.dumps(told) if told else "",
     }
     keys |= tokenizer_keys(files, spec.vocab_size)
+    for name, value in keys.items():
+        texts = value if isinstance(value, list) else [value]
+        if not all(_is_text(text) for text in texts if isinstance(text, str)):
+            raise CheckpointError(f"{checkpoint.path}: {name} would be no Unicode text (half a surrogate pair).")
     return {name: value for name, value in keys.items() if value != ""}
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 SAMPLING = {

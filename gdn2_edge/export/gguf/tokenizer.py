@@ -64,17 +64,13 @@ def tokenizer_keys(files: Mapping[str, bytes], vocab_size: int) -> dict[str, Val
     try:
         found = _Tokenizer(json.loads(text), vocab_size)
         model = found.byte_level() if found.is_byte_level else found.sentencepiece()
+        model |= found.special(*_special_ids(files, vocab_size))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         if isinstance(error, RecursionError | json.JSONDecodeError):
             raise CheckpointError(f"tokenizer.json is not valid JSON: {str(error)[:120]}.") from None
         raise CheckpointError(f"tokenizer.json is not a file of the tokenizers package ({error!r:.120}).") from None
-    stops = _special_ids(files, vocab_size)
-    return (
-        {**model, "tokenizer.ggml.tokens": found.tokens, "tokenizer.ggml.token_type": found.types}
-        | found.special(*stops)
-        | {"tokenizer.huggingface.json": text}
-        | keys
-    )
+    model |= {"tokenizer.ggml.tokens": found.tokens, "tokenizer.ggml.token_type": found.types}
+    return model | {"tokenizer.huggingface.json": text} | keys
 
 
 class _Tokenizer:
@@ -103,10 +99,14 @@ class _Tokenizer:
         unused = {i: f"[PAD{i}]" for i in range(vocab_size) if i not in by_id}
         if taken := vocab.keys() & set(unused.values()):
             raise _unlike(f"its token {min(taken)!r} has the name of an unused one")
+        if not all(isinstance(name, str) for name in vocab):
+            raise TypeError("a token that is no text")
         self.vocab = vocab
         self.tokens = [by_id.get(i) or unused[i] for i in range(vocab_size)]
         self.types = [int(self._type(i)) for i in range(vocab_size)]
         self.merges = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in self.model["merges"]]
+        if not all(len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in self.merges):
+            raise TypeError("a merge that is no pair of texts")
 
     @property
     def is_byte_level(self) -> bool:
@@ -132,6 +132,8 @@ class _Tokenizer:
         # llama.cpp normalizes nothing. Qwen's files say NFC, and it takes them so.
         if normalizer and (pre, normalizer) != ("qwen2", [{"type": "NFC"}]):
             raise _unlike("its normalizer changes the text")
+        if any(" " in left + right for left, right in self.merges):
+            raise _unlike("a merge has a space in it")
         return {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": pre,
