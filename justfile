@@ -37,6 +37,10 @@ test-gpu *ARGS:
 test-web *ARGS:
     sh -euc 'root=$PWD; . scripts/common.sh; prepare test test-web; npm ci --prefix examples/web; "$bin/python" -m pytest -m web tests/examples "$@"' test-web "$@"
 
+# llama.cpp with GDN-2; builds llama-cpp-python first, minutes the first time
+test-llama *ARGS:
+    sh -euc 'root=$PWD; . scripts/common.sh; prepare test; "$bin/gdn2-edge" llama-cpp build --wheel .venv/llama-cpp; "$bin/python" -m pip install -qq .venv/llama-cpp/llama_cpp_python-*.whl; "$bin/python" -m pytest -m llama "$@"' test-llama "$@"
+
 # only the comparisons with outputs of other implementations
 golden *ARGS:
     sh scripts/test -k golden "$@"

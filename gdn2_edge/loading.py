@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from gdn2_edge.checkpoint.gguf_file import is_gguf
 from gdn2_edge.checkpoint.onnx_file import is_export
 from gdn2_edge.errors import BackendError, CheckpointError
 from gdn2_edge.model import Model, WeightSource, load_model
@@ -14,7 +15,7 @@ from gdn2_edge.runtime import Runtime
 from gdn2_edge.weights import Fp8
 
 MODEL_NAMES = {"tiny": Path(__file__).parent / "assets" / "tiny"}
-RUNTIMES = ("auto", "torch", "triton", "onnx")
+RUNTIMES = ("auto", "torch", "triton", "onnx", "llama-cpp")
 # What `load` takes as dtype, by the names of the command line.
 ACTIVATIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 
@@ -38,15 +39,16 @@ def load(
     """Load a model.
 
     Args:
-        source: a checkpoint folder, the folder of an ONNX export, "tiny" for the model that comes with the package,
-            or a `WeightSource`.
+        source: a checkpoint folder, the folder of an ONNX export, a GGUF file, "tiny" for the model that comes with
+            the package, or a `WeightSource`.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         dtype: of the activations; None is fp32 on a CPU and bf16 on a GPU. torch.float8_e4m3fn: bf16, rounded to fp8
             for the products of long prompts with fp8 weights, on a GPU. An ONNX export has its own.
         runtime: "torch" computes with torch alone; "triton" decodes in fused kernels, on a GPU; "onnx" is for ONNX
-            exports; "auto" is onnx for those, and else triton where it can be, torch otherwise.
+            exports and "llama-cpp" for GGUF files; "auto" is these for those, and else triton where it can be, torch
+            otherwise.
     Returns:
-        The runtime: a `Model`, for triton a `TritonModel`, for an ONNX export an `OnnxModel`.
+        The runtime: a `Model`, for triton a `TritonModel`, for exports an `OnnxModel` or a `LlamaCppModel`.
     Raises:
         CheckpointError, SpecError: the checkpoint cannot be read or does not fit together.
         BackendError: the device or the runtime is not there.
@@ -55,6 +57,8 @@ def load(
         raise BackendError(f"runtime {runtime!r} is unknown, expected one of {', '.join(RUNTIMES)}.")
     if isinstance(source, (str, Path)):
         source = model_path(source)
+    if runtime == "llama-cpp" or (isinstance(source, Path) and source.is_file()):
+        return _gguf(source, device, dtype, runtime)
     if runtime == "onnx" or (isinstance(source, Path) and is_export(source)):
         return _exported(source, device, dtype, runtime)
     fp8_products = dtype == torch.float8_e4m3fn
@@ -64,6 +68,24 @@ def load(
     if runtime == "torch" or (runtime == "auto" and model.device.type == "cpu" and not fp8_products):
         return model
     return _fused(model, runtime == "triton" or fp8_products, fp8_products)
+
+
+def _gguf(source: Path | WeightSource, device: str, dtype: torch.dtype | None, runtime: str) -> Runtime:
+    """The runtime of a GGUF file."""
+    if not isinstance(source, Path) or not is_gguf(source):
+        what = source if isinstance(source, Path) else source.path
+        raise BackendError(f"{what} is no GGUF file. First make one: gdn2-edge export gguf {what} --out FILE.")
+    if runtime not in ("auto", "llama-cpp"):
+        raise BackendError(f"{source} is a GGUF file, which the {runtime} runtime cannot run. Leave out --runtime.")
+    if dtype is not None:
+        raise BackendError(f"{source} is a GGUF file: the dtype was chosen with its --type. Leave out --dtype.")
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise BackendError(
+            "the package llama_cpp is not installed. The one that knows GDN-2 is made by: gdn2-edge llama-cpp build."
+        )
+    from gdn2_edge.runtimes.llama_cpp import load_llama_cpp
+
+    return load_llama_cpp(source, device)
 
 
 def _exported(source: Path | WeightSource, device: str, dtype: torch.dtype | None, runtime: str) -> Runtime:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from gdn2_edge.errors import BackendError, SessionError
 from gdn2_edge.sampling import Sampling
 from gdn2_edge.spec import ModelSpec
-from gdn2_edge.state import State, check_state
+from gdn2_edge.state import State, check_state, state_dtype
 
 
 class Sample(Protocol):
@@ -36,13 +38,24 @@ class Runtime(ABC):
         spec: sizes of the model.
         fingerprint: sha256 of its weights and spec; a session belongs to one fingerprint.
         name: what runs it, for people.
-        path: the folder it was loaded from, with its tokenizer.
+        path: what it was loaded from.
+        text_files: its tokenizer and chat template: the folder they are in, or the files by name.
     """
 
     spec: ModelSpec
     fingerprint: str
     name: str
     path: Path
+
+    @property
+    def text_files(self) -> Path | Mapping[str, bytes]:
+        return self.path
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one sequence's exported state, at most; it is the same at any length of a conversation."""
+        shapes = self.spec.state_shapes()
+        return sum(prod(shape) * state_dtype(name).itemsize for name, shape in shapes.items())
 
     @abstractmethod
     def initial_state(self, batch: int = 1) -> State[Tensor]:

@@ -16,6 +16,7 @@ from gdn2_edge.spec import ModelSpec
 
 V = TypeVar("V")
 
+LLAMA_CPP_BLOCK = "llama_cpp"  # the tensor of a state that only llama.cpp can read
 MAX_POSITION = 2**53  # the angles of attention are fp64, which counts exactly up to here
 
 
@@ -86,6 +87,8 @@ def check_state(spec: ModelSpec, tensors: dict[str, Tensor], source: str) -> Sta
     """
     batch = max(1, len(tensors["position"])) if "position" in tensors and tensors["position"].ndim == 1 else 1
     shapes = spec.state_shapes(batch)
+    if LLAMA_CPP_BLOCK in tensors:
+        raise SessionError(f"{source}: it was kept by llama.cpp, in a form that no other runtime reads. Go on there.")
     if different := sorted(shapes.keys() ^ tensors.keys()):
         what = "is missing" if different[0] in shapes else "is not part of this model's state"
         raise SessionError(f"{source}: tensor {different[0]} {what}.")

@@ -88,7 +88,7 @@ def test_every_option_is_on_the_command_line_page() -> None:
     commands = dict(get_command(app).commands)
     commands |= {f"export {name}": command for name, command in commands.pop("export").commands.items()}
     for name, command in commands.items():
-        section = text.split(f"## `gdn2-edge {name}`")[1].split("\n## ")[0]
+        section = re.split(r"\n##+ ", text.split(f"# `gdn2-edge {name}`\n")[1])[0]
         options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
         documented = set(re.findall(r"^\* `(--[a-z-]+)", section, re.MULTILINE))
         assert documented == options | {"--help"}, name

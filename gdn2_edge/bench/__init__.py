@@ -16,8 +16,9 @@ import torch
 
 from gdn2_edge.bench.correctness import CHECK_TOKENS, GREEDY, Check, check, random_ids
 from gdn2_edge.bench.machine import datasheet_rate, device_name, memory_in_use, read_rate
-from gdn2_edge.bench.traffic import StoredWeights, Traffic, traffic
-from gdn2_edge.checkpoint.onnx_file import OnnxExport, is_export, open_export
+from gdn2_edge.bench.traffic import Export, StoredWeights, Traffic, traffic
+from gdn2_edge.checkpoint.gguf_file import open_gguf
+from gdn2_edge.checkpoint.onnx_file import is_export, open_export
 from gdn2_edge.checkpoint.reader import open_checkpoint
 from gdn2_edge.generate.sampler import Sampler
 from gdn2_edge.loading import load, model_path
@@ -115,7 +116,7 @@ def bench(
     """Load a model, check it, measure it.
 
     Args:
-        source: a checkpoint folder, an ONNX export, a model's name, or `random_weights`.
+        source: a checkpoint folder, an ONNX export, a GGUF file, a model's name, or `random_weights`.
         device, dtype, runtime: as for `load`.
         tokens: how many to decode, at least 2.
         prompt_tokens: lengths of prompts to feed; None is 64 and 512, and on a GPU 4096 and 16384 too.
@@ -126,8 +127,8 @@ def bench(
         BackendError: the device is not there, or the model computes something else than its plain form.
     """
     stored = _opened(source) if isinstance(source, (str, Path)) else source
-    # What an ONNX export runs on is not torch's to say.
-    where = pick_device("auto" if isinstance(stored, OnnxExport) and device != "cpu" else device)
+    # What an export runs on is not torch's to say.
+    where = pick_device("auto" if isinstance(stored, Export) and device != "cpu" else device)
     if prompt_tokens is None:
         prompt_tokens = GPU_PROMPT_TOKENS if where.type == "cuda" else PROMPT_TOKENS
 
@@ -213,9 +214,7 @@ def measure_prefill(runtime: Runtime, tokens: int) -> Prefill:
     return Prefill(tokens, milliseconds, 1e3 * tokens / milliseconds.median)
 
 
-def bandwidth(
-    source: StoredWeights | OnnxExport, decode: Decode, read_rate: float, datasheet: float | None
-) -> Bandwidth:
+def bandwidth(source: StoredWeights | Export, decode: Decode, read_rate: float, datasheet: float | None) -> Bandwidth:
     """What a decoding run of one sequence moved, in the middle of it, against the rates in bytes a second."""
     moved = traffic(source, decode.first_position + decode.tokens // 2)
     rate = 1e3 * moved.total / decode.milliseconds_per_token.median
@@ -229,8 +228,10 @@ def bandwidth(
     )
 
 
-def _opened(source: str | Path) -> StoredWeights | OnnxExport:
+def _opened(source: str | Path) -> StoredWeights | Export:
     path = model_path(source)
+    if path.is_file():
+        return open_gguf(path)
     return open_export(path) if is_export(path) else open_checkpoint(path)
 
 

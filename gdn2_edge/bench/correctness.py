@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdn2_edge.bench.traffic import StoredWeights
-from gdn2_edge.checkpoint.onnx_file import OnnxExport
+from gdn2_edge.bench.traffic import Export, StoredWeights
 from gdn2_edge.errors import BackendError
 from gdn2_edge.forward import block, head
 from gdn2_edge.generate.sampler import Sampler
@@ -43,11 +42,11 @@ class Check:
     tolerance: float
 
 
-def check(runtime: Runtime, source: StoredWeights | OnnxExport, device: torch.device) -> Check:
+def check(runtime: Runtime, source: StoredWeights | Export, device: torch.device) -> Check:
     """Compare a runtime with the plain path on the weights of `source`, and with itself.
 
     The logits of 32 random tokens, fed at once and one by one, must be those of `plain_logits`; and 32 greedy tokens
-    must be the same ids twice. An ONNX export does not hold its weights in a form that the plain path reads: its
+    must be the same ids twice. An export does not hold its weights in a form that the plain path reads: its
     logits at once must be those of its steps.
 
     Raises:
@@ -59,8 +58,8 @@ def check(runtime: Runtime, source: StoredWeights | OnnxExport, device: torch.de
     for i in range(CHECK_TOKENS):
         logits, state = runtime.step(ids[:, i], state)
         steps.append(logits[0].clone())
-    plain = not isinstance(source, OnnxExport)
-    expected = torch.stack(steps) if isinstance(source, OnnxExport) else plain_logits(source, ids, device)[0]
+    plain = not isinstance(source, Export)
+    expected = torch.stack(steps) if isinstance(source, Export) else plain_logits(source, ids, device)[0]
     found = Check(
         CHECK_TOKENS,
         plain,
@@ -124,9 +123,9 @@ def _exact(weight: Weight) -> Weight:
     return Dense(weight.name, weight.rows(slice(None)))
 
 
-def _tolerance(runtime: Runtime, source: StoredWeights | OnnxExport) -> float:
-    if isinstance(source, OnnxExport):
-        return EXACT_TOLERANCE if source.format == "fp32" else ROUNDED_TOLERANCE
+def _tolerance(runtime: Runtime, source: StoredWeights | Export) -> float:
+    if isinstance(source, Export):
+        return EXACT_TOLERANCE if source.format in ("fp32", "f32") else ROUNDED_TOLERANCE
     if not isinstance(runtime, Model) or runtime.ops.dtype != torch.float32:
         return ROUNDED_TOLERANCE
     infos = [info for name in source.spec.tensor_shapes() for info in source.stored(name).values()]

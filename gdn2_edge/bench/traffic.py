@@ -7,8 +7,12 @@ from math import prod
 from typing import Protocol
 
 from gdn2_edge.checkpoint.files import TensorInfo
+from gdn2_edge.checkpoint.gguf_file import GgufFile
 from gdn2_edge.checkpoint.onnx_file import OnnxExport
 from gdn2_edge.model import WeightSource
+
+# Models in a form that this package only writes: their sizes are known, their weights stay with what runs them.
+Export = OnnxExport | GgufFile
 
 
 class StoredWeights(WeightSource, Protocol):
@@ -35,14 +39,14 @@ class Traffic:
         return self.weights + self.state + self.kv
 
 
-def traffic(source: StoredWeights | OnnxExport, position: int, batch: int = 1) -> Traffic:
+def traffic(source: StoredWeights | Export, position: int, batch: int = 1) -> Traffic:
     """What a step at this position moves for `batch` sequences."""
     spec = source.spec
-    if isinstance(source, OnnxExport):
+    if isinstance(source, Export):
         sizes = source.sizes
     else:
         sizes = {name: sum(info.nbytes for info in source.stored(name).values()) for name in spec.tensor_shapes()}
-    embedding = sum(size for name, size in sizes.items() if name.startswith("embed."))
+    embedding = sum(size for name, size in sizes.items() if name.startswith(("embed.", "token_embd.")))
     weights = sum(sizes.values()) - embedding + batch * embedding // spec.vocab_size
     state = kv = 0
     for name, shape in spec.state_shapes(batch).items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -257,6 +258,13 @@ def companions(path: Path) -> dict[str, bytes]:
         if path.is_dir() and file.is_file():
             found[name] = read_file(file, limit)
     return found
+
+
+def card_field(files: Mapping[str, bytes], name: str) -> str:
+    """A field of the model card's head, such as "license", where it is one word; else empty."""
+    card = files.get("README.md", b"").decode(errors="replace")
+    found = re.match(rf"---\n(?:.*\n)*?{name}: *(\S+) *\n(?:.*\n)*?---\n", card)
+    return found[1] if found else ""
 
 
 def check_apart(src: Path, dst: Path) -> None:

@@ -302,3 +302,30 @@ def open_atomically(path: Path) -> Iterator[Any]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that becomes `path` when the block ends well. If it does not, nothing is left.
+
+    Raises:
+        CheckpointError: `path` exists, or cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        if path.exists() or path.is_symlink():
+            raise CheckpointError(f"{path} exists. Choose another --out.")
+        temporary.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+            for folder in made:
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}).") from None
+        raise

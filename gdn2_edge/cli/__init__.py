@@ -13,6 +13,7 @@ from gdn2_edge.cli.chat import chat
 from gdn2_edge.cli.convert import convert
 from gdn2_edge.cli.export import app as export
 from gdn2_edge.cli.inspect import inspect
+from gdn2_edge.cli.llama_cpp import app as llama_cpp
 from gdn2_edge.cli.quantize import quantize
 from gdn2_edge.errors import Gdn2EdgeError
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 for command in (chat, inspect, convert, quantize, bench):
     app.command()(command)
 app.add_typer(export, name="export")
+app.add_typer(llama_cpp, name="llama-cpp")
 
 MESSAGE_ENDS = 600, 300  # characters shown of a message that is longer than both
 _debug = False

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def bench(
     path: Annotated[
         str | None,
-        typer.Argument(metavar="[PATH]", help="A checkpoint folder or ONNX export, or the name of a model (tiny)."),
+        typer.Argument(metavar="[PATH]", help="A checkpoint folder, an export, or the name of a model (tiny)."),
     ] = None,
     random: Annotated[bool, typer.Option("--random", help="Random weights of the sizes in --config.")] = False,
     config: Annotated[
@@ -39,7 +39,8 @@ def bench(
         str | None, typer.Option(help="Activations: fp32, bf16, fp16 or fp8; by default what suits the device.")
     ] = None,
     runtime: Annotated[
-        str, typer.Option(help="auto, torch, triton (fused kernels, on a GPU) or onnx (an ONNX export).")
+        str,
+        typer.Option(help="auto, torch, triton (fused kernels, on a GPU), onnx or llama-cpp (exports)."),
     ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,

@@ -16,7 +16,8 @@ from gdn2_edge.errors import SessionError
 
 def chat(
     path: Annotated[
-        str, typer.Argument(metavar="[PATH]", help="A checkpoint folder or ONNX export, or the name of a model.")
+        str,
+        typer.Argument(metavar="[PATH]", help="A checkpoint folder, an export, or the name of a model."),
     ] = "tiny",
     session: Annotated[
         str | None, typer.Option(metavar="FILE", help="Go on with this session, and keep it there.")
@@ -37,7 +38,8 @@ def chat(
         str | None, typer.Option(help="Activations: fp32, bf16, fp16 or fp8; by default what suits the device.")
     ] = None,
     runtime: Annotated[
-        str, typer.Option(help="auto, torch, triton (fused kernels, on a GPU) or onnx (an ONNX export).")
+        str,
+        typer.Option(help="auto, torch, triton (fused kernels, on a GPU), onnx or llama-cpp (exports)."),
     ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one answer as JSON (with --once or a pipe).")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print answers only.")] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -84,3 +85,39 @@ def _build_op(out: Path | None, json: bool, quiet: bool) -> None:
         return
     used = "gdn2-edge chat and bench use it from now on." if out is None else "gdn2-edge uses one built without --out."
     print(f"{library}\n{used} Your program: SessionOptions.register_custom_ops_library.")
+
+
+@app.command()
+def gguf(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A gdn2-edge folder, or the name of a model (tiny).")],
+    type: Annotated[str, typer.Option(help="Of the matrices: f32, f16, bf16, q8_0, q5_0, q4_0 or q4_k_m.")],
+    out: Annotated[str, typer.Option(metavar="FILE", help="The file to make.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and check, write nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Export a checkpoint to GGUF: one file for llama.cpp, which must know the architecture gdn2.
+
+    A stock llama.cpp does not, nor do Ollama and LM Studio yet.
+    """
+    from gdn2_edge.export.gguf import export_gguf
+    from gdn2_edge.loading import model_path
+
+    try:
+        with progress("Exporting", quiet) as show:
+            done = export_gguf(model_path(src), Path(out), type, dry_run=dry_run, progress=None if dry_run else show)
+    except KeyboardInterrupt:
+        typer.echo("\nStopped; nothing was kept.", err=True)
+        raise typer.Exit(130) from None
+    if json:
+        print_json(done.to_json())
+        return
+    verb = "would hold" if dry_run else "holds"
+    types = ", ".join(f"{count} {name}" for name, count in done.types.items())
+    print(
+        f"{done.out} {verb} {done.parameters:,} parameters in {done.type}, {megabytes(done.bytes)}, "
+        f"{done.bits_per_weight:.2f} bits per weight; tensors: {types}; tokenizer: {done.tokenizer}"
+    )
+    for note, count in Counter(done.notes.values()).items():
+        print(f"  {count} tensors in {note}")
+    print("Stock Ollama and LM Studio cannot open it until llama.cpp takes the patch for gdn2 (docs/gguf.md).")

@@ -94,7 +94,7 @@ class Session:
         sampling: Sampling | None = None,
     ) -> None:
         self.runtime = runtime
-        self.tokenizer = tokenizer or open_text(runtime.path)
+        self.tokenizer = tokenizer or open_text(runtime.text_files)
         if system is not None and len(system.encode(errors="replace")) > TRANSCRIPT_BYTES:
             raise SessionError(f"The system message is longer than {TRANSCRIPT_BYTES} bytes.")
         self.system = system
@@ -119,7 +119,7 @@ class Session:
 
     @property
     def state_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._memory.state.named().values())
+        return self.runtime.state_bytes
 
     def send(self, text: str, max_tokens: int = 512, interrupted: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Feed a user's turn and yield the answer in pieces of whole characters.
@@ -235,7 +235,7 @@ class Session:
 
 
 def _read(path: Path, runtime: Runtime) -> tuple[Metadata, dict[str, Tensor]]:
-    expected = sum(t.nbytes for t in runtime.export_state(runtime.initial_state()).values())
+    expected = runtime.state_bytes
     try:
         size = path.stat().st_size
         if not path.is_file():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from gdn2_edge.checkpoint.files import TensorInfo, check_apart, companions
+from gdn2_edge.checkpoint.files import TensorInfo, card_field, check_apart, companions
 from gdn2_edge.checkpoint.reader import Checkpoint, open_checkpoint
 from gdn2_edge.checkpoint.writer import check_room, write_atomically
 from gdn2_edge.errors import CheckpointError, FormatError
@@ -190,7 +189,7 @@ def _export(
         "gdn2.fingerprint": source.fingerprint,
         "gdn2.format": format,
         "gdn2.portable": json.dumps(portable),
-        "licence": _licence(files),
+        "licence": card_field(files, "license"),
     }
     helper.set_model_props(model, {name: value for name, value in facts.items() if value})
     config = {
@@ -267,13 +266,6 @@ def _described(value: onnx.ValueInfoProto) -> str:
     tensor = value.type.tensor_type
     shape = ", ".join(dim.dim_param or str(dim.dim_value) for dim in tensor.shape.dim)
     return f"{TensorProto.DataType.Name(tensor.elem_type).lower()} [{shape}]"
-
-
-def _licence(files: dict[str, bytes]) -> str:
-    """What the model card says the licence is; empty where it does not."""
-    card = files.get("README.md", b"").decode(errors="replace")
-    found = re.match(r"---\n(?:.*\n)*?license: *(\S+) *\n(?:.*\n)*?---\n", card)
-    return found[1] if found else ""
 
 
 def _version() -> str:

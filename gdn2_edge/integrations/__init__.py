@@ -1,0 +1,1 @@
+"""What other people's programs need to know GDN-2: patches, and how to build with them."""
