@@ -49,8 +49,8 @@ def test_readme_has_commands() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="the README's commands are written for sh")
 def test_commands_of_the_readme_run_in_order(folder: Path) -> None:
     for command in commands():
-        if command == "gdn2-edge chat":
-            continue  # interactive: tests/cli/test_terminal.py
+        if command == "gdn2-edge chat" or "llama-cpp build" in command or "chat tiny.gguf" in command:
+            continue  # interactive: tests/cli/test_terminal.py; minutes of compiling: tests/integrations
         done = subprocess.run(
             command, shell=True, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
         )
