@@ -39,7 +39,7 @@ test-web *ARGS:
 
 # llama.cpp with GDN-2; builds llama-cpp-python first, minutes the first time
 test-llama *ARGS:
-    sh -euc 'root=$PWD; . scripts/common.sh; prepare test; "$bin/gdn2-edge" llama-cpp build --wheel .venv/llama-cpp; "$bin/python" -m pip install -qq .venv/llama-cpp/llama_cpp_python-*.whl; "$bin/python" -m pytest -m llama "$@"' test-llama "$@"
+    sh -euc 'root=$PWD; . scripts/common.sh; prepare test; "$bin/gdn2-edge" llama-cpp build --wheel .venv/llama-cpp; "$bin/python" -m pip install -qq "$(ls .venv/llama-cpp/llama_cpp_python-*.whl)[server]"; "$bin/python" -m pytest -m llama "$@"' test-llama "$@"
 
 # only the comparisons with outputs of other implementations
 golden *ARGS:

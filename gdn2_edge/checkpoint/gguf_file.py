@@ -64,7 +64,7 @@ def is_gguf(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
-    except OSError:
+    except OSError:  # a folder, among others
         return False
 
 

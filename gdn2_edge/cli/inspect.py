@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -11,23 +12,34 @@ from gdn2_edge.cli.render import megabytes, print_json, print_table
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, or the name of a model (tiny).")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A checkpoint, an export, or the name of a model (tiny).")
+    ],
     config: Annotated[str | None, typer.Option(help="As for convert, where the checkpoint does not say all.")] = None,
     output_gate: Annotated[str | None, typer.Option(help="silu or sigmoid, as for convert.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a checkpoint is: sizes, formats, spec, state, tokenizer. No weights are loaded."""
+    """Say what a checkpoint or an export is: sizes, formats, spec, state, tokenizer. No weights are loaded."""
+    from gdn2_edge.checkpoint.gguf_file import is_gguf, open_gguf
+    from gdn2_edge.checkpoint.onnx_file import is_export, open_export
     from gdn2_edge.checkpoint.reader import open_checkpoint
-    from gdn2_edge.checkpoint.summary import summarize
+    from gdn2_edge.checkpoint.summary import summarize, summarize_export
     from gdn2_edge.convert import spec_overrides
     from gdn2_edge.generate.text import open_text
     from gdn2_edge.loading import model_path
 
-    checkpoint = open_checkpoint(model_path(path), spec_overrides(config, output_gate))
-    summary = summarize(checkpoint)
+    where = model_path(path)
+    files: Path | Mapping[str, bytes] = where
+    if is_gguf(where):
+        export = open_gguf(where)
+        summary, files = summarize_export(export), export.texts
+    elif is_export(where):
+        summary = summarize_export(open_export(where))
+    else:
+        summary = summarize(open_checkpoint(where, spec_overrides(config, output_gate)))
     tokenizer = None
-    if (Path(summary.path) / "tokenizer.json").is_file():
-        text = open_text(checkpoint.path)
+    if (files / "tokenizer.json").is_file() if isinstance(files, Path) else "tokenizer.json" in files:
+        text = open_text(files)
         tokenizer = {"tokens": text.vocab_size, "chat_template": text.turns is not None}
     if json:
         print_json({**summary.to_json(), "tokenizer": tokenizer})

@@ -20,6 +20,7 @@ from gdn2_edge.errors import Gdn2EdgeError, SessionError
 
 if TYPE_CHECKING:
     from gdn2_edge.generate.session import Session
+    from gdn2_edge.runtime import Runtime
     from gdn2_edge.sampling import Sampling
 
 HELP = """\
@@ -194,6 +195,37 @@ def _greet(talk: Talk) -> None:
     elif about.example_prompts:
         print(textwrap.fill(printable("Try: " + "  |  ".join(about.example_prompts)), width))
     print(f"{talk.session.runtime.name}. /help lists the commands.\n")
+    if advice := faster_here(talk.session.runtime):
+        print(f"{textwrap.fill(printable(advice), width, break_on_hyphens=False)}\n")
+
+
+def faster_here(runtime: Runtime) -> str:
+    """What would run this model faster with what is installed; empty where nothing would.
+
+    On CPUs llama.cpp was the fastest of the three and torch the slowest (benchmarks/cpu_runtimes.py); on GPUs it is
+    this package's own kernels.
+    """
+    from gdn2_edge.model import Model
+
+    if not isinstance(runtime, Model) or runtime.device.type != "cpu":
+        return ""
+    from importlib.metadata import PackageNotFoundError, version
+    from importlib.util import find_spec
+
+    from gdn2_edge.integrations.build_llama_cpp import PATCHED_VERSION
+
+    with contextlib.suppress(PackageNotFoundError):
+        if version("llama_cpp_python") == PATCHED_VERSION and find_spec("gguf"):
+            return (
+                "llama.cpp is installed and is faster on this processor: "
+                f"gdn2-edge export gguf {runtime.path} --type q8_0 --out model.gguf, then gdn2-edge chat model.gguf."
+            )
+    if find_spec("onnxruntime") and find_spec("onnx"):
+        return (
+            "ONNX Runtime is installed and is faster on this processor: "
+            f"gdn2-edge export onnx {runtime.path} --format int8 --out model-onnx, then gdn2-edge chat model-onnx."
+        )
+    return ""
 
 
 def _command(talk: Talk, text: str) -> None:

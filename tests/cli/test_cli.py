@@ -14,6 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from gdn2_edge import cli
+from gdn2_edge.cli.terminal import faster_here
+from gdn2_edge.export.onnx import export_onnx
+from gdn2_edge.loading import load, model_path
 from gdn2_edge.model import load_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -53,6 +56,26 @@ def test_inspect_json_loads_no_weights(run, monkeypatch: pytest.MonkeyPatch) -> 
     assert sum(part["parameters"] for part in facts["parts"].values()) == facts["parameters"]
     assert facts["state_bytes"] == 8 * (6 * 64 * 64 + 3 * 6 * 64 * 3) * 4 + 8
     assert facts["tokenizer"] == {"tokens": 8192, "chat_template": True}
+
+
+def test_inspect_of_exports(run, tmp_path: Path) -> None:
+    pytest.importorskip("onnx", reason="the extra onnx is not installed")
+    pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    run("export", "onnx", "tiny", "--out", tmp_path / "onnx")
+    run("export", "gguf", "tiny", "--type", "q8_0", "--out", tmp_path / "tiny.gguf")
+    whole = json.loads(run("inspect", "tiny", "--json").out)
+    for path, kind in ((tmp_path / "onnx", "ONNX export"), (tmp_path / "tiny.gguf", "GGUF file for llama.cpp")):
+        facts = json.loads(run("inspect", path, "--json").out)
+        assert facts["kind"] == kind
+        assert all(facts[name] == whole[name] for name in ("spec", "tokenizer", "state_bytes", "parameters"))
+    assert 8.5 < facts["bits_per_weight"] < 8.6
+
+
+def test_advice_of_what_is_faster_here(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    assert "gdn2-edge export " in faster_here(load("tiny", "cpu"))
+    export_onnx(model_path("tiny"), tmp_path / "onnx")
+    assert faster_here(load(tmp_path / "onnx", "cpu")) == ""
 
 
 def test_inspect_says_what_a_training_file_does_not(run) -> None:

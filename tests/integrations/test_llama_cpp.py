@@ -5,6 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -257,6 +263,49 @@ def set_u32(name: str, value: int) -> Callable[[bytes], bytes]:
         return data[:at] + value.to_bytes(4, "little") + data[at + 4 :]
 
     return change
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from gdn2_edge.export.gguf import export_gguf
+    from gdn2_edge.loading import model_path
+
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    export_gguf(model_path("tiny"), path, "q8_0")
+    return path
+
+
+QUESTION = [{"role": "user", "content": "My name is Ada. What is my name?"}]
+
+
+def test_llama_of_the_package_chats(api: Any, tiny: Path) -> None:
+    llama = api.Llama(str(tiny), n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
+    answer = llama.create_chat_completion(QUESTION, temperature=0, max_tokens=32)["choices"][0]
+    assert "Ada" in answer["message"]["content"]
+    assert answer["finish_reason"] == "stop"
+    llama.close()
+
+
+def test_its_server_answers(api: Any, tiny: Path) -> None:
+    pytest.importorskip("uvicorn", reason="llama-cpp-python's extra server is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(tiny), "--n_threads", "1", "--port", str(port)]
+    body = json.dumps({"messages": QUESTION, "temperature": 0, "max_tokens": 32}).encode()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions", body, {"content-type": "application/json"}
+    )
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(120):
+                with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(request, timeout=60) as reply:
+                    assert "Ada" in json.load(reply)["choices"][0]["message"]["content"]
+                    return
+                assert server.poll() is None
+                time.sleep(0.5)
+            pytest.fail("the server did not come up")
+        finally:
+            server.terminate()
 
 
 @pytest.mark.parametrize(
