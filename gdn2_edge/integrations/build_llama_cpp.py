@@ -184,12 +184,9 @@ def _run(command: Sequence[str], log: Path, failed: str, line_read: Callable[[st
         status = process.wait()
     if status:
         lines = log.read_text(encoding="utf-8").splitlines()
-        errors = (
-            [line for line in lines if re.search("error:|CMake Error", line, re.IGNORECASE)]
-            or lines[-1:]
-            or ["nothing"]
-        )
-        raise BackendError(f"llama-cpp-python {VERSION} {failed} ({errors[0].strip()}): {log} has all that was said")
+        errors = [line for line in lines if re.search("error:|CMake Error", line, re.IGNORECASE)]
+        reason = (errors or lines[-1:] or [f"exit code {status}"])[0].strip()
+        raise BackendError(f"llama-cpp-python {VERSION} {failed} ({reason}): {log} has all that was said")
 
 
 @contextlib.contextmanager
