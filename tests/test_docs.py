@@ -86,7 +86,8 @@ def test_every_option_is_on_the_command_line_page() -> None:
 
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     commands = dict(get_command(app).commands)
-    commands |= {f"export {name}": command for name, command in commands.pop("export").commands.items()}
+    for group in ("export", "llama-cpp"):
+        commands |= {f"{group} {name}": command for name, command in commands.pop(group).commands.items()}
     for name, command in commands.items():
         section = re.split(r"\n##+ ", text.split(f"# `gdn2-edge {name}`\n")[1])[0]
         options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}

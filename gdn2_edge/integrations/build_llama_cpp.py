@@ -136,7 +136,9 @@ def _patched_source(sdist: Path, patch: str, folder: Path) -> Path:
         return source
     with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder) as partial:
         with tarfile.open(sdist) as archive:
-            archive.extractall(partial, filter="data")
+            # Python 3.10.0 to 3.10.11 have no filters; the digest has been checked.
+            archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+            archive.extractall(partial)
         unpacked = Path(partial) / SDIST.removesuffix(".tar.gz")
         apply_patch(patch, unpacked / "vendor" / "llama.cpp", f"llama-cpp-python {VERSION}")
         init = unpacked / "llama_cpp" / "__init__.py"
@@ -182,8 +184,9 @@ def _run(command: Sequence[str], log: Path, failed: str, line_read: Callable[[st
         status = process.wait()
     if status:
         lines = log.read_text(encoding="utf-8").splitlines()
-        errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)] or lines[-1:] or ["nothing"]
-        raise BackendError(f"llama-cpp-python {VERSION} {failed} ({errors[0].strip()}): {log} has all that was said")
+        errors = [line for line in lines if re.search("error:|CMake Error", line, re.IGNORECASE)]
+        reason = (errors or lines[-1:] or [f"exit code {status}"])[0].strip()
+        raise BackendError(f"llama-cpp-python {VERSION} {failed} ({reason}): {log} has all that was said")
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ def read_patch(diff: str) -> list[FilePatch]:
         BackendError: a file name leads out of the folder.
     """
     files: list[FilePatch] = []
-    lines = iter(diff.splitlines())
+    lines = iter(diff.split("\n"))
     for line in lines:
         if line.startswith("--- "):
             old, new = line[4:], next(lines)[4:]
