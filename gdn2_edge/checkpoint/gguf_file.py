@@ -1,7 +1,7 @@
 """The head of a GGUF file of a GDN-2 model, read without its weights and without llama.cpp. The file is hostile.
 
-docs/gguf.md is the format. What is checked here is what llama.cpp would take on trust: whose model this is, and that
-every tensor lies inside the file.
+docs/gguf.md is the format. What is checked here is what llama.cpp would take on trust, or stop the process over: whose
+model this is, that its sizes and tensors are those of its spec, and that every tensor lies inside the file.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from math import prod
 from pathlib import Path
 
 from gdn2_edge.errors import CheckpointError, SpecError
+from gdn2_edge.gguf_names import MAX_LAYERS, entries, sizes
 from gdn2_edge.spec import MODEL_TYPE, ModelSpec, spec_from_fields
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_ENTRIES, MAX_DIMS = 1 << 20, 4
+ALIGNMENT = 32
+ROUNDING = 1e-6  # of numbers that the file has as fp32
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 # Weights and bytes of a block, by ggml's number of the type: those of `gdn2-edge export gguf`.
@@ -78,7 +81,7 @@ def open_gguf(path: Path) -> GgufFile:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             head = _Head(data)
-            values, sizes = head.read()
+            values, tensors = head.read()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from None
     except (ValueError, struct.error) as error:
@@ -97,44 +100,73 @@ def open_gguf(path: Path) -> GgufFile:
         raise CheckpointError(f"{path}: its key gdn2.spec is not valid JSON. Export it again.") from None
     if not isinstance(fields, dict):
         raise SpecError(f"{path.name}: gdn2.spec holds a {type(fields).__name__}, expected an object.")
+    spec = spec_from_fields(fields, path.name)
+    for key, value in sizes(spec).items():
+        if not _same(found := values.get(key), value):
+            raise CheckpointError(
+                f"{path}: its key {key} is {str(found)[:60]}, its spec says {value}; export it again."
+            )
+    shapes = {entry.name: entry.shape for entry in entries(spec)}
+    for name in shapes.keys() | tensors.keys():
+        if shapes.get(name) != (has := tensors[name].shape if name in tensors else None):
+            wanted = shapes.get(name, "none of this name")
+            raise CheckpointError(f"{path}: tensor {name[:60]} is {has or 'missing'}, its spec asks for {wanted}.")
     return GgufFile(
         path,
-        spec_from_fields(fields, path.name),
+        spec,
         texts.get("gdn2.fingerprint", b"").decode(errors="replace"),
         texts.get("gdn2.type", b"").decode(errors="replace"),
-        sizes,
+        {name: tensor.nbytes for name, tensor in tensors.items()},
         {TEXTS[key]: value for key, value in texts.items() if key in TEXTS},
     )
 
 
+@dataclass(frozen=True)
+class _Tensor:
+    """Shape, slowest first, as `gguf_names.Entry` has it; first byte in the data; bytes."""
+
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+Value = bytes | float | tuple[float, ...]
+
+
+def _same(found: Value | None, value: object) -> bool:
+    if isinstance(found, float) and isinstance(value, float):
+        return abs(found - value) <= ROUNDING * abs(value)
+    return found == (value.encode() if isinstance(value, str) else tuple(value) if isinstance(value, list) else value)
+
+
 class _Head:
-    """One pass over the head of a mapped file: keys with numbers and strings, then where the tensors are."""
+    """One pass over the head of a mapped file: its keys, then where the tensors are."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
 
-    def read(self) -> tuple[dict[str, bytes | float], dict[str, int]]:
-        """Values by key (arrays are stepped over), and bytes of each tensor by name."""
+    def read(self) -> tuple[dict[str, Value], dict[str, _Tensor]]:
+        """Values by key (arrays longer than a model has layers are stepped over), and tensors by name."""
         if self._take(len(MAGIC)) != MAGIC:
             raise ValueError("it does not begin with GGUF")
         if (version := self._number("I")) not in VERSIONS:
             raise ValueError(f"version {version:.0f}, expected one of {', '.join(map(str, VERSIONS))}")
-        tensors, keys = self._count(), self._count()
-        values: dict[str, bytes | float] = {}
+        count, keys = self._count(), self._count()
+        values: dict[str, Value] = {}
         for _ in range(keys):
             key = self._string().decode()
             if (value := self._value(int(self._number("I")))) is not None:
                 values[key] = value
-        places = [self._tensor() for _ in range(tensors)]
-        alignment = int(values.get("general.alignment", 32)) or 1
-        begin = -(-self.at // alignment) * alignment
-        for name, (offset, size) in dict(places).items():
-            if begin + offset + size > len(self.data):
-                raise ValueError(f"tensor {name[:60]} ends at byte {begin + offset + size} of {len(self.data)}")
-        return values, {name: size for name, (_, size) in places}
+        found = dict(self._tensor() for _ in range(count))
+        if values.get("general.alignment", ALIGNMENT) != ALIGNMENT:
+            raise ValueError(f"its alignment is not {ALIGNMENT}")
+        begin = -(-self.at // ALIGNMENT) * ALIGNMENT
+        for name, tensor in found.items():
+            if (end := begin + tensor.offset + tensor.nbytes) > len(self.data):
+                raise ValueError(f"tensor {name[:60]} ends at byte {end} of {len(self.data)}")
+        return values, found
 
-    def _tensor(self) -> tuple[str, tuple[int, int]]:
-        """Name, offset in the data and bytes."""
+    def _tensor(self) -> tuple[str, _Tensor]:
         name, dims = self._string().decode(), int(self._number("I"))
         if dims > MAX_DIMS:
             raise ValueError(f"tensor {name[:60]} has {dims} dimensions")
@@ -143,10 +175,12 @@ class _Head:
         if kind not in BLOCKS:
             raise ValueError(f"tensor {name[:60]} is of ggml's type {kind}, which gdn2-edge export gguf does not write")
         weights, block_bytes = BLOCKS[kind]
-        return name, (offset, prod(shape) // weights * block_bytes)
+        if shape and shape[0] % weights:
+            raise ValueError(f"tensor {name[:60]} has rows of {shape[0]}, of whole blocks of {weights}")
+        return name, _Tensor(tuple(reversed(shape)), offset, prod(shape) // weights * block_bytes)
 
-    def _value(self, kind: int) -> bytes | float | None:
-        """A string's bytes or a number; None after an array."""
+    def _value(self, kind: int) -> Value | None:
+        """A string's bytes, a number, or a short array's numbers; None after another array."""
         if kind in NUMBERS:
             return self._number(NUMBERS[kind])
         if kind == STRING:
@@ -154,6 +188,8 @@ class _Head:
         if kind != ARRAY:
             raise ValueError(f"a key has a value of type {kind}")
         kind, count = int(self._number("I")), int(self._number("Q"))
+        if kind in NUMBERS and count <= MAX_LAYERS:
+            return tuple(self._number(NUMBERS[kind]) for _ in range(count))
         if kind in NUMBERS:
             self._take(count * struct.calcsize(NUMBERS[kind]), keep=False)
         elif kind == STRING:

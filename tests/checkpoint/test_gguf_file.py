@@ -52,6 +52,16 @@ def test_the_texts_of_a_chat(tmp_path: Path) -> None:
     assert open_text(texts).stop_ids == open_text(model_path("tiny")).stop_ids
 
 
+def set_number(name: str, value: int) -> Callable[[bytes], bytes]:
+    """Another u32 after a name: of a key it follows the four bytes of its type, of a tensor it counts dimensions."""
+
+    def change(data: bytes) -> bytes:
+        at = data.index(name.encode()) + len(name) + (4 if name.startswith("gdn2.") else 0)
+        return data[:at] + value.to_bytes(4, "little") + data[at + 4 :]
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -63,6 +73,12 @@ def test_the_texts_of_a_chat(tmp_path: Path) -> None:
         pytest.param(lambda data: data.replace(NAME, NAME[:8] + b"rwkv", 1), "architecture 'rwkv'", id="other"),
         pytest.param(lambda data: data.replace(b"gdn2.spec", b"gdn2.spek"), "no key gdn2.spec", id="spec"),
         pytest.param(lambda data: data.replace(b'{"', b"(\x22", 1), "not valid JSON", id="JSON"),
+        pytest.param(
+            set_number("gdn2.attention.sliding_window", 0), "sliding_window is 0, its spec says 48", id="window"
+        ),
+        pytest.param(set_number("gdn2.attention.head_count", 3), "head_count is 3, its spec says", id="heads"),
+        pytest.param(set_number("blk.0.ffn_up.weight", 3), "has 3 dimensions|is of ggml's type|asked for", id="shape"),
+        pytest.param(lambda data: data.replace(b"blk.1.ffn_up", b"blk.1.ffn_op"), "ffn_[uo]p.weight is", id="name"),
     ],
 )
 def test_a_file_that_lies(damage: Callable[[bytes], bytes], says: str, file: Path, tmp_path: Path) -> None:

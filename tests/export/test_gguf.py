@@ -27,8 +27,8 @@ from gdn2_edge.checkpoint.reader import Checkpoint, open_checkpoint
 from gdn2_edge.convert import convert_checkpoint
 from gdn2_edge.errors import BackendError, CheckpointError, FormatError, Gdn2EdgeError, SpecError
 from gdn2_edge.export.gguf import export_gguf, exporter
-from gdn2_edge.export.gguf.layout import Entry, sizes
 from gdn2_edge.export.gguf.quants import K_TYPES, MIXES, encode, k_quantizer, type_of
+from gdn2_edge.gguf_names import Entry, sizes
 from gdn2_edge.loading import model_path
 from gdn2_edge.quantize import quantize_checkpoint
 from gdn2_edge.quantize.recipe import make_recipe

@@ -21,9 +21,9 @@ from gdn2_edge.checkpoint.files import card_field, check_apart, companions
 from gdn2_edge.checkpoint.reader import Checkpoint, open_checkpoint
 from gdn2_edge.checkpoint.writer import new_file
 from gdn2_edge.errors import CheckpointError
-from gdn2_edge.export.gguf.layout import Entry, Value, entries, sizes
 from gdn2_edge.export.gguf.quants import K_TYPES, encode, k_quantizer, mix_of, num_bytes, type_of
 from gdn2_edge.export.gguf.tokenizer import tokenizer_keys
+from gdn2_edge.gguf_names import Entry, Value, entries, sizes
 from gdn2_edge.spec import MODEL_TYPE
 from gdn2_edge.weights import Weight
 

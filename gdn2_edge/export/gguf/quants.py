@@ -20,7 +20,7 @@ from gguf import LlamaFileType as FileType
 from torch import Tensor
 
 from gdn2_edge.errors import BackendError, CheckpointError, FormatError
-from gdn2_edge.export.gguf.layout import Entry
+from gdn2_edge.gguf_names import Entry
 
 HALF_MAX = 65504.0  # fp16, also of the scales of the quantized types
 

@@ -13,7 +13,7 @@ from typing import Any
 from gguf import TokenType
 
 from gdn2_edge.errors import CheckpointError
-from gdn2_edge.export.gguf.layout import Value
+from gdn2_edge.gguf_names import Value
 
 SPACE = "▁"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
