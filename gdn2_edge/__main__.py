@@ -20,9 +20,15 @@ def main() -> NoReturn:
         run()
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit as end:
+        sys.exit(143 if terminated else end.code)
+
+
+terminated: list[int] = []  # C code that was interrupted may raise another error in place of SystemExit
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    terminated.append(number)
     sys.exit(143)
 
 

@@ -74,7 +74,9 @@ def _gguf(source: Path | WeightSource, device: str, dtype: torch.dtype | None, r
     """The runtime of a GGUF file."""
     if not isinstance(source, Path) or not is_gguf(source):
         what = source if isinstance(source, Path) else source.path
-        raise BackendError(f"{what} is no GGUF file. First make one: gdn2-edge export gguf {what} --out FILE.")
+        raise BackendError(
+            f"{what} is no GGUF file. First make one: gdn2-edge export gguf FOLDER --type q8_0 --out FILE."
+        )
     if runtime not in ("auto", "llama-cpp"):
         raise BackendError(f"{source} is a GGUF file, which the {runtime} runtime cannot run. Leave out --runtime.")
     if dtype is not None:

@@ -52,6 +52,11 @@ class Runtime(ABC):
         return self.path
 
     @property
+    def state_names(self) -> frozenset[str]:
+        """Of an exported state's tensors."""
+        return frozenset(self.spec.state_shapes())
+
+    @property
     def state_bytes(self) -> int:
         """Of one sequence's exported state, at most; it is the same at any length of a conversation."""
         shapes = self.spec.state_shapes()

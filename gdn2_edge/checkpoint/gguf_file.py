@@ -21,6 +21,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_ENTRIES, MAX_DIMS = 1 << 20, 4
 ALIGNMENT = 32
+TOKENS = "tokenizer.ggml.tokens"
 ROUNDING = 1e-6  # of numbers that the file has as fp32
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -155,7 +156,7 @@ class _Head:
         values: dict[str, Value] = {}
         for _ in range(keys):
             key = self._string().decode()
-            if (value := self._value(int(self._number("I")))) is not None:
+            if (value := self._value(int(self._number("I")), distinct=key == TOKENS)) is not None:
                 values[key] = value
         found = dict(self._tensor() for _ in range(count))
         if values.get("general.alignment", ALIGNMENT) != ALIGNMENT:
@@ -179,8 +180,8 @@ class _Head:
             raise ValueError(f"tensor {name[:60]} has rows of {shape[0]}, of whole blocks of {weights}")
         return name, _Tensor(tuple(reversed(shape)), offset, prod(shape) // weights * block_bytes)
 
-    def _value(self, kind: int) -> Value | None:
-        """A string's bytes, a number, or a short array's numbers; None after another array."""
+    def _value(self, kind: int, distinct: bool) -> Value | None:
+        """A string's bytes, a number, or a short array's numbers; None after another array, of `distinct` strings."""
         if kind in NUMBERS:
             return self._number(NUMBERS[kind])
         if kind == STRING:
@@ -193,8 +194,10 @@ class _Head:
         if kind in NUMBERS:
             self._take(count * struct.calcsize(NUMBERS[kind]), keep=False)
         elif kind == STRING:
-            for _ in range(count):
-                self._take(int(self._number("Q")), keep=False)
+            if count > MAX_ENTRIES:
+                raise ValueError(f"an array of {count} strings, expected at most {MAX_ENTRIES}")
+            if len({self._string() for _ in range(count)}) < count and distinct:
+                raise ValueError("two of its tokens are the same")
         else:
             raise ValueError(f"a key has an array of type {kind}")
         return None

@@ -27,7 +27,7 @@ from gdn2_edge.generate.sampler import Sampler
 from gdn2_edge.generate.text import ChatTokenizer, open_text
 from gdn2_edge.runtime import Runtime
 from gdn2_edge.sampling import Sampling
-from gdn2_edge.state import State
+from gdn2_edge.state import LLAMA_CPP_BLOCK, State
 
 MESSAGE_BYTES = 64  # what a message takes beside its words
 TRANSCRIPT_BYTES = 64 << 10  # the oldest messages are dropped first: the state is the memory, this is for reading
@@ -248,6 +248,9 @@ def _read(path: Path, runtime: Runtime) -> tuple[Metadata, dict[str, Tensor]]:
             strings = file.metadata() or {}
             if "model_fingerprint" not in strings:
                 raise SessionError(f"{path.name} is a safetensors file, but not a session.")
+            if LLAMA_CPP_BLOCK in runtime.state_names.symmetric_difference(file.keys()):
+                by = "llama.cpp" if LLAMA_CPP_BLOCK in file.keys() else "another runtime than llama.cpp"
+                raise SessionError(f"{path.name} was kept by {by}, in a form of its own. Go on with what kept it.")
             metadata = Metadata.model_validate({name: json.loads(value) for name, value in strings.items()})
             if metadata.model_fingerprint != runtime.fingerprint:
                 raise SessionError(

@@ -7,8 +7,12 @@ any other is a copy of what llama.cpp gives out, and comes back to life when it 
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import json
+import operator
+import os
+import re
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -16,7 +20,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,9 +30,17 @@ from gdn2_edge.integrations.build_llama_cpp import PATCHED_VERSION
 from gdn2_edge.runtime import Runtime, check_tokens
 from gdn2_edge.state import LLAMA_CPP_BLOCK, MAX_POSITION, State
 
+try:
+    import llama_cpp
+except Exception as failure:  # its libraries are loaded with it, and fail in their own ways
+    raise BackendError(
+        f"llama_cpp is installed, but it cannot be loaded ({' '.join(str(failure).split())[:200]}). Make one for this "
+        "computer and install it: gdn2-edge llama-cpp build."
+    ) from None
+
 BATCH_TOKENS = 512  # of all sequences in one call
 F32 = 0  # ggml's number: keys and values of attention as the other runtimes keep them
-WARNING = 3  # of a log entry, and above: error
+ERROR = 4  # of an entry of llama.cpp's log
 HEAD_BYTES = 4096  # of an exported state, before its data: what made it, and its digest
 CELL_BYTES = 64  # that llama.cpp writes beside the keys and values of a token, at most
 
@@ -38,10 +49,16 @@ CELL_BYTES = 64  # that llama.cpp writes beside the keys and values of a token, 
 _said: deque[str] = deque(maxlen=4)
 
 
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-def _hear(level: int, text: bytes, _: Any) -> None:
-    if level >= WARNING:
-        _said.append(text.decode(errors="replace"))
+@functools.cache
+def _listen() -> Any:
+    """llama.cpp calls what this returns for as long as the process lives."""
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def hear(level: int, text: bytes, _: Any) -> None:
+        if level == ERROR:
+            _said.append(text.decode(errors="replace"))
+
+    return hear
 
 
 def _reason() -> str:
@@ -78,8 +95,10 @@ class LlamaCppModel(Runtime):
         self._free: Callable[[], Any] = lambda: None  # what is there of them
         self._sequences = 0
         self._alive: weakref.ref[LlamaState] | None = None
-        llama_cpp.llama_log_set(_hear, None)
+        llama_cpp.llama_log_set(_listen(), None)
         llama_cpp.llama_backend_init()
+        if not (named := re.fullmatch(r"auto|cpu|cuda(?::(\d{1,3}))?", device)):
+            raise BackendError(f"device {device!r} is unknown, expected auto, cpu, cuda or cuda:N.")
         offload = device != "cpu" and bool(llama_cpp.llama_supports_gpu_offload())
         if device not in ("auto", "cpu") and not offload:
             raise BackendError(
@@ -88,13 +107,22 @@ class LlamaCppModel(Runtime):
             )
         options = llama_cpp.llama_model_default_params()
         options.n_gpu_layers = -1 if offload else 0
-        self._model = llama_cpp.llama_model_load_from_file(str(file.path).encode(), options)
+        if offload and named[1]:
+            options.main_gpu, options.split_mode = int(named[1]), llama_cpp.LLAMA_SPLIT_MODE_NONE
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(file.path), options)
         if not self._model:
             raise CheckpointError(f"{file.path}: llama.cpp cannot load it ({_reason()}).")
         weakref.finalize(self, llama_cpp.llama_model_free, self._model)
+        if (
+            words := llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        ) != file.spec.vocab_size:
+            raise CheckpointError(
+                f"{file.path}: its vocabulary has {words} words, its spec says {file.spec.vocab_size}."
+            )
         self._threads = torch.get_num_threads()
         self._offload = offload
         self._open(1)
+        _said.clear()
         self.name = f"llama.cpp ({self.build}), {file.format} GGUF" + (", layers on the GPU" if offload else "")
 
     @property
@@ -145,7 +173,7 @@ class LlamaCppModel(Runtime):
         data = raw[HEAD_BYTES:]
         try:
             head = json.loads(raw[:HEAD_BYTES])
-            build, sizes, digest = head["build"], [int(size) for size in head["sizes"]], head["sha256"]
+            build, sizes, digest = head["build"], [operator.index(size) for size in head["sizes"]], head["sha256"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise SessionError("state: the head of its block of llama.cpp's is damaged.") from None
         if build != self.build:
@@ -160,6 +188,10 @@ class LlamaCppModel(Runtime):
         made = LlamaState(position.clone(), copies)
         self._enter(made)  # llama.cpp looks at it now
         return made
+
+    @property
+    def state_names(self) -> frozenset[str]:
+        return frozenset(("position", LLAMA_CPP_BLOCK))
 
     @property
     def state_bytes(self) -> int:
@@ -235,6 +267,7 @@ class LlamaCppModel(Runtime):
     def _open(self, sequences: int) -> None:
         """A context for so many sequences; nothing lives in it."""
         self._free()
+        self._sequences = 0
         options = llama_cpp.llama_context_default_params()
         options.n_ctx = sequences * ((self.spec.window if self.spec.kv_heads else 0) + BATCH_TOKENS)
         options.n_batch = options.n_ubatch = max(BATCH_TOKENS, sequences)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from gdn2_edge.checkpoint.files import card_field, check_apart, companions
+from gdn2_edge.checkpoint.gguf_file import is_gguf
 from gdn2_edge.checkpoint.reader import Checkpoint, open_checkpoint
 from gdn2_edge.checkpoint.writer import new_file
 from gdn2_edge.errors import CheckpointError
@@ -82,10 +84,16 @@ def export_checkpoint(
         FormatError: there is no such type.
         BackendError: K-quants are asked for, and there is no llama_cpp to make them.
     """
+    type = type.lower()
     mix = mix_of(type)
     check_apart(src, out)
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"{out} exists. Choose another --out.")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise CheckpointError(f"{above} is {'not writable' if above.is_dir() else 'no folder'}. Choose another --out.")
+    if is_gguf(src):
+        raise CheckpointError(f"{src} is a GGUF file already. Give the gdn2-edge folder that it was made from.")
     checkpoint = None if src.is_file() else open_checkpoint(src)
     if checkpoint is None or checkpoint.kind != "gdn2":
         raise CheckpointError(f"{src} is no folder of gdn2-edge. First make one: gdn2-edge convert {src} --out DIR.")
