@@ -1,6 +1,7 @@
 """What holds for every test: one thread, NaN in memory nobody wrote, GPU tests skipped without one."""
 
 import os
+import signal
 
 # Asked for by torch's deterministic mode (below) on a GPU, before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -16,6 +17,9 @@ if not torch.cuda.is_available():
 from gdn2_edge.loading import model_path
 from gdn2_edge.model import Model, load_model
 
+# A shell's background job ignores Ctrl-C, and so would the programs that tests start to interrupt them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # More threads than free cores wait for each other: on a busy machine of two cores, two threads were 30 times slower
 # than one. The models of the tests are small.
 torch.set_num_threads(1)
