@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from gdn2_edge.errors import BackendError, SessionError
 from gdn2_edge.sampling import Sampling
 from gdn2_edge.spec import ModelSpec
-from gdn2_edge.state import State, check_state, state_dtype
+from gdn2_edge.state import State, check_state
 
 
 class Sample(Protocol):
@@ -59,8 +58,7 @@ class Runtime(ABC):
     @property
     def state_bytes(self) -> int:
         """Of one sequence's exported state, at most; it is the same at any length of a conversation."""
-        shapes = self.spec.state_shapes()
-        return sum(prod(shape) * state_dtype(name).itemsize for name, shape in shapes.items())
+        return self.spec.state_bytes()
 
     @abstractmethod
     def initial_state(self, batch: int = 1) -> State[Tensor]:

@@ -174,6 +174,10 @@ class ModelSpec(BaseModel):
                 shapes |= {f"layers.{i}.ring_k": ring, f"layers.{i}.ring_v": ring}
         return shapes
 
+    def state_bytes(self) -> int:
+        """Of one sequence's state: int64 positions, all else fp32."""
+        return sum(prod(shape) * (8 if name == "position" else 4) for name, shape in self.state_shapes().items())
+
     def num_parameters(self) -> int:
         return sum(prod(shape) for shape in self.tensor_shapes().values())
 

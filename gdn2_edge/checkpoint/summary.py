@@ -9,7 +9,6 @@ from typing import Any
 from gdn2_edge.checkpoint.gguf_file import GgufFile
 from gdn2_edge.checkpoint.onnx_file import OnnxExport
 from gdn2_edge.checkpoint.reader import KIND_WORDS, Checkpoint
-from gdn2_edge.spec import ModelSpec
 
 PARTS = ("embedding", "mixers", "mlp", "norms", "head")
 
@@ -58,7 +57,7 @@ def summarize(checkpoint: Checkpoint) -> Summary:
             embedding_bytes = size
     total = sum(part.bytes for part in parts.values())
     spec = checkpoint.spec
-    state_bytes = _state_bytes(spec)
+    state_bytes = spec.state_bytes()
     return Summary(
         path=str(checkpoint.path),
         kind=KIND_WORDS[checkpoint.kind],
@@ -76,7 +75,7 @@ def summarize(checkpoint: Checkpoint) -> Summary:
 
 def summarize_export(export: OnnxExport | GgufFile) -> Summary:
     """The same of an export, whose weights are one part."""
-    spec, state_bytes, total = export.spec, _state_bytes(export.spec), sum(export.sizes.values())
+    spec, state_bytes, total = export.spec, export.spec.state_bytes(), sum(export.sizes.values())
     embedding = sum(size for name, size in export.sizes.items() if name.startswith(("embed.", "token_embd.")))
     return Summary(
         path=str(export.path),
@@ -91,10 +90,6 @@ def summarize_export(export: OnnxExport | GgufFile) -> Summary:
         bytes_per_token=total - embedding + embedding // spec.vocab_size + 2 * state_bytes,
         state_bytes=state_bytes,
     )
-
-
-def _state_bytes(spec: ModelSpec) -> int:
-    return sum(prod(s) * (8 if n == "position" else 4) for n, s in spec.state_shapes().items())
 
 
 def _part(name: str) -> str:
