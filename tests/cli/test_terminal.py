@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ pexpect = pytest.importorskip("pexpect", reason="pexpect needs a POSIX terminal"
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="pexpect needs a POSIX terminal")
 
 STATS = r"tokens fed, state 0\.9 MB\]"
+EDITOR_ON, EDITOR_OFF = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste: the line editor has come or gone
 
 
 def open_chat(folder: Path, *arguments: str):
@@ -60,7 +60,7 @@ def test_a_talk_with_commands(tmp_path: Path) -> None:
     again.sendline("What is my door code?")
     again.expect("773")
     again.expect(STATS)
-    time.sleep(1)  # Ctrl-D before the next prompt would be the terminal's, not the line editor's
+    again.expect_exact(EDITOR_ON)  # Ctrl-D before the next prompt would be the terminal's, not the line editor's
     again.sendcontrol("d")
     again.expect(pexpect.EOF)
     again.close()
@@ -72,15 +72,12 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_session(tmp_path: Path) -> None:
     child = open_chat(
         tmp_path, "--session", "s", "--temperature", "2", "--top-k", "0", "--top-p", "1", "--max-tokens", "4096"
     )
-    child.sendline("Tell me a long story.")
-    child.expect("story")
-    child.expect(r"\w+ \w+ \w+")
-    child.sendintr()
-    child.expect(STATS)
-    child.sendline("What can you do?")
-    child.expect(r"\w+ \w+")
-    child.sendintr()
-    child.expect(STATS)
+    for text in ("Tell me a long story.", "What can you do?"):
+        child.sendline(text)
+        child.expect_exact(EDITOR_OFF)  # what came before is the echo of the line
+        child.expect(r"\w+ \w+")
+        child.sendintr()
+        child.expect(STATS)
     child.sendline("/quit")
     child.expect(pexpect.EOF)
     assert (tmp_path / "s").exists()
