@@ -33,9 +33,9 @@ test-slow *ARGS:
 test-gpu *ARGS:
     sh scripts/test tests/test_gpu.py tests/test_triton_model.py tests/kernels/triton "$@"
 
-# examples/web in a browser; needs npm, and Chromium (or once: .venv/bin/playwright install chromium)
+# examples/web in a browser, and GGUF files in JavaScript; needs npm, and Chromium (or once: .venv/bin/playwright install chromium)
 test-web *ARGS:
-    sh -euc 'root=$PWD; . scripts/common.sh; prepare test test-web; npm ci --prefix examples/web; "$bin/python" -m pytest -m web tests/examples "$@"' test-web "$@"
+    sh -euc 'root=$PWD; . scripts/common.sh; prepare test test-web; npm ci --prefix examples/web; "$bin/python" -m pytest -m web "$@"' test-web "$@"
 
 # llama.cpp with GDN-2; builds llama-cpp-python first, minutes the first time
 test-llama *ARGS:

@@ -1,28 +1,32 @@
-"""What each format costs the default model: perplexity, KL divergence and top-1 agreement on held-out chats.
+"""What each format costs the default model on held-out chats: perplexity, KL divergence, top-1 agreement.
 
-    python benchmarks/quality.py [--model tiny] [--chats 96] [--record]
+    python benchmarks/quality.py [--model tiny] [--chats 237] [--only int8 onnx-int4 ...] [--record]
 
-Every format runs through its own products, as in a chat, against the same model in bf16 with fp32 activations. The
-first 256 tokens of each chat count. The interval is 1.96 standard errors of the mean over chats.
+Every format runs as in a chat. Our own formats and llama.cpp's are compared with the model in bf16 with fp32
+activations, ONNX exports with the checkpoint they were made of, in torch. The first 256 tokens of each chat count. GGUF
+types join in where a llama_cpp that knows GDN-2 is installed. Intervals are 1.96 standard errors.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import importlib.util
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import torch
-from heldout import chats, conversation
+from heldout import chats
 from record import append
 
+from gdn2_edge.evaluate import Evaluation, evaluate, token_ids
+from gdn2_edge.export.gguf import export_gguf
+from gdn2_edge.export.onnx import export_onnx
 from gdn2_edge.generate.text import open_text
-from gdn2_edge.loading import model_path
-from gdn2_edge.model import Model, load_model
+from gdn2_edge.loading import load, model_path
 from gdn2_edge.quantize import quantize_checkpoint
 from gdn2_edge.quantize.recipe import Recipe
+from gdn2_edge.runtime import Runtime
 
 TOKENS = 256
 RECIPES = {
@@ -31,65 +35,60 @@ RECIPES = {
     "int4 g64": Recipe(format="int4", group_size=64),
     "int4 g32": Recipe(format="int4", group_size=32),
 }
+ONNX = {"onnx int8": "int8", "onnx fp8": "fp8", "onnx int4": "int4 g64"}  # and what each is made of
+GGUF = {f"gguf {type}": type for type in ("q8_0", "q5_0", "q4_0", "q4_k_m")}
 
 
-def log_probabilities(model: Model, ids: torch.Tensor) -> torch.Tensor:
-    """[T - 1, vocab_size]: what the model expects after each token but the last."""
-    logits, _ = model.forward(ids)
-    return torch.log_softmax(logits[0, :-1].double(), -1)
+def made(name: str, source: Path, folder: Path) -> tuple[Runtime, Runtime]:
+    """The model of a row and what it is compared with."""
+    if name in GGUF:
+        export_gguf(source, folder / "model.gguf", GGUF[name])
+        return load(folder / "model.gguf"), load(source, "cpu")
+    quantize_checkpoint(source, folder / "quantized", RECIPES[ONNX.get(name, name)])
+    quantized = load(folder / "quantized", "cpu")
+    if name not in ONNX:
+        return quantized, load(source, "cpu")
+    export_onnx(folder / "quantized", folder / "onnx")
+    return load(folder / "onnx", "cpu"), quantized
 
 
-def interval(values: list[float]) -> list[float]:
-    """Mean and half width."""
-    return [statistics.mean(values), 1.96 * statistics.stdev(values) / len(values) ** 0.5]
-
-
-@torch.inference_mode()
 def main() -> int:
     """Parse, run, report."""
-    parser = argparse.ArgumentParser()
+    names = [*RECIPES, *ONNX, *(GGUF if importlib.util.find_spec("llama_cpp") else ())]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--chats", type=int, default=96)
+    parser.add_argument("--chats", type=int, help="all by default")
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
     path = model_path(args.model)
     text = open_text(path)
-    prompts = [torch.tensor([conversation(text, chat)[:TOKENS]]) for chat in chats()[: args.chats]]
-    rows: dict[str, dict[str, object]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        models, bits = {"bf16": load_model(path, "cpu")}, {"bf16": 16.0}
-        for name, recipe in RECIPES.items():
-            report = quantize_checkpoint(path, Path(folder) / name, recipe)
-            models[name], bits[name] = load_model(Path(folder) / name, "cpu"), report.bits_per_weight
-    figures = {name: {"loss": [], "kl": [], "top1": []} for name in models}
-    for ids in prompts:
-        exact = log_probabilities(models["bf16"], ids)
-        for name, model in models.items():
-            found = log_probabilities(model, ids)
-            figures[name]["loss"].append(float(-found.gather(1, ids[0, 1:, None]).mean()))
-            figures[name]["kl"].append(float((exact.exp() * (exact - found)).sum(-1).mean()))
-            figures[name]["top1"].append(float((exact.argmax(-1) == found.argmax(-1)).double().mean()))
-    plain = figures["bf16"]["loss"]
-    print(f"{'format':10} {'bits':>6} {'perplexity':>11} {'change':>16} {'KL':>18} {'top-1':>16}")
-    for name, row in figures.items():
-        change = interval([100 * (x - y) for x, y in zip(row["loss"], plain, strict=True)])  # per cent, to first order
-        kl, top1 = interval(row["kl"]), interval([100 * x for x in row["top1"]])
-        perplexity = float(torch.tensor(row["loss"]).mean().exp())
-        rows[name] = {
-            "bits_per_weight": bits[name],
-            "perplexity": perplexity,
-            "change_percent": change,
-            "kl": kl,
-            "top1_percent": top1,
-        }
-        print(
-            f"{name:10} {bits[name]:6.2f} {perplexity:11.3f} {change[0]:+8.2f} +-{change[1]:.2f} % "
-            f"{kl[0]:10.5f} +-{kl[1]:.5f} {top1[0]:8.2f} +-{top1[1]:.2f} %"
-        )
+    ids = [token_ids(chat, text)[:TOKENS] for chat in chats()[: args.chats]]
+    rows: dict[str, dict[str, Any]] = {}
+    print(f"{'':12} {'MB':>6} {'perplexity':>10} {'change':>16} {'KL':>18} {'top-1':>16}")
+    for name in args.only:
+        with tempfile.TemporaryDirectory() as folder:
+            model, reference = made(name, path, Path(folder))
+            *_, found = evaluate(model, ids, reference)
+            files = model.path.iterdir() if model.path.is_dir() else [model.path]
+            size = sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".onnx", ".gguf"))
+        print(f"{name:12} {size / 1e6:6.1f} {described(found)}", flush=True)
+        rows[name] = {"runtime": model.name, "bytes": size, **found.to_json()}
+    if plain := [row["against"]["perplexity"] for name, row in rows.items() if name not in ONNX]:
+        print(f"bf16: perplexity {plain[0]:.3f}")
     if args.record:
-        tokens = sum(ids.shape[1] - 1 for ids in prompts)
-        append("quality", {"model": args.model, "chats": len(prompts), "tokens": tokens, "formats": rows})
+        append("quality", {"model": args.model, "tokens_of_each_chat": TOKENS, "formats": rows})
     return 0
+
+
+def described(found: Evaluation) -> str:
+    """The figures of a line."""
+    assert found.against is not None
+    change, kl, top1 = found.against.change_percent, found.against.kl, found.against.top1
+    return (
+        f"{found.perplexity:10.3f} {change.mean:+8.2f} +-{change.half_width:.2f} % "
+        f"{kl.mean:10.5f} +-{kl.half_width:.5f} {100 * top1.mean:8.2f} +-{100 * (top1.half_width or 0):.2f} %"
+    )
 
 
 if __name__ == "__main__":

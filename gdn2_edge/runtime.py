@@ -65,6 +65,17 @@ class Runtime(ABC):
         """The state of `batch` sequences before their first token."""
 
     @abstractmethod
+    def forward(self, tokens: Tensor, state: State[Tensor] | None = None) -> tuple[Tensor, State[Tensor]]:
+        """Logits of every token.
+
+        Args:
+            tokens: [B, T] int64 ids.
+            state: what came before; None for the beginning. It is consumed.
+        Returns:
+            logits [B, T, vocab_size] fp32, and the state after the last token.
+        """
+
+    @abstractmethod
     def prefill(self, tokens: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
         """Feed tokens [B, T] (equal lengths): logits after the last one [B, V] fp32, and the new state."""
 

@@ -11,6 +11,7 @@ import typer
 from gdn2_edge.cli.bench import bench
 from gdn2_edge.cli.chat import chat
 from gdn2_edge.cli.convert import convert
+from gdn2_edge.cli.evaluate import evaluate
 from gdn2_edge.cli.export import app as export
 from gdn2_edge.cli.inspect import inspect
 from gdn2_edge.cli.llama_cpp import app as llama_cpp
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 for command in (chat, inspect, convert, quantize, bench):
     app.command()(command)
+app.command("eval")(evaluate)
 app.add_typer(export, name="export")
 app.add_typer(llama_cpp, name="llama-cpp")
 

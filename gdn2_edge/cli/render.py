@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import typer
 from rich.console import Console
@@ -41,17 +41,19 @@ def megabytes(size: int) -> str:
 
 
 @contextlib.contextmanager
-def progress(label: str, quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A bar on stderr for `(bytes done, bytes in all, name)`; nothing where stderr is no terminal."""
+def progress(
+    label: str, quiet: bool, unit: Literal["bytes", "tokens"] = "bytes"
+) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A bar on stderr for `(done, in all, name)`, both in `unit`; nothing where stderr is no terminal."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
         TextColumn(label),
         BarColumn(),
-        DownloadColumn(),
+        DownloadColumn() if unit == "bytes" else MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[name]}"),
     )

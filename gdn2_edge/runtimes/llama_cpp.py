@@ -16,7 +16,7 @@ import re
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -133,19 +133,13 @@ class LlamaCppModel(Runtime):
         return LlamaState(torch.zeros(batch, dtype=torch.int64), [b""] * batch)
 
     @torch.inference_mode()
+    def forward(self, tokens: Tensor, state: State[Tensor] | None = None) -> tuple[Tensor, State[Tensor]]:
+        return self._feed(tokens, self.initial_state(tokens.shape[0]) if state is None else state, every=True)
+
+    @torch.inference_mode()
     def prefill(self, tokens: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
-        check_tokens(self.spec, tokens, state)
-        B, T = tokens.shape
-        self._enter(state)
-        self._alive = None  # until all is fed
-        position = state.position
-        piece = max(1, BATCH_TOKENS // B)
-        for start in range(0, T, piece):
-            logits = self._decode(tokens[:, start : start + piece], position, last=start + piece >= T)
-            position = position + min(piece, T - start)
-        made = LlamaState(position, None)
-        self._alive = weakref.ref(made)
-        return logits, made
+        logits, state = self._feed(tokens, state, every=False)
+        return logits[:, -1], state
 
     def clone(self, state: State[Tensor]) -> State[Tensor]:
         return LlamaState(state.position.clone(), self._copies(state))
@@ -201,23 +195,39 @@ class LlamaCppModel(Runtime):
         layers = len(self.spec.layer_types)
         return super().state_bytes + HEAD_BYTES + CELL_BYTES * cells + layers * (kept + HEAD_BYTES)
 
-    def _decode(self, tokens: Tensor, position: Tensor, last: bool) -> Tensor:
-        """Feed tokens [B, T] at positions from [B] on; logits after the last ones [B, V] if asked for."""
+    def _feed(self, tokens: Tensor, state: State[Tensor], every: bool) -> tuple[Tensor, State[Tensor]]:
+        """Logits after every token [B, T, V] or after the last ones alone [B, 1, V], and the new state."""
+        check_tokens(self.spec, tokens, state)
+        B, T = tokens.shape
+        self._enter(state)
+        self._alive = None  # until all is fed
+        position, logits = state.position, []
+        piece = max(1, BATCH_TOKENS // B)
+        for start in range(0, T, piece):
+            n = min(piece, T - start)
+            wanted = n if every else int(start + n == T)
+            logits.append(self._decode(tokens[:, start : start + n], position, wanted))
+            position = position + n
+        made = LlamaState(position, None)
+        self._alive = weakref.ref(made)
+        return torch.cat(logits, 1), made
+
+    def _decode(self, tokens: Tensor, position: Tensor, wanted: int) -> Tensor:
+        """Feed tokens [B, T] at positions from [B] on; logits after the `wanted` last ones [B, wanted, V]."""
         B, T = tokens.shape
         batch, n = self._batch, 0
         for b, (row, start) in enumerate(zip(tokens.tolist(), position.tolist(), strict=True)):
             for i, token in enumerate(row):
                 batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.seq_id[n][0] = token, start + i, 1, b
-                batch.logits[n] = last and i + 1 == T
+                batch.logits[n] = i >= T - wanted
                 n += 1
         batch.n_tokens = n
         if code := llama_cpp.llama_decode(self._context, batch):
             raise BackendError(f"llama.cpp failed ({_reason() or f'llama_decode gave {code}'}).")
-        logits = torch.empty((B, self.spec.vocab_size))
-        if last:
-            for b in range(B):
-                found = llama_cpp.llama_get_logits_ith(self._context, b * T + T - 1)
-                logits[b] = torch.from_numpy(np.ctypeslib.as_array(found, (self.spec.vocab_size,)))
+        logits = torch.empty((B, wanted, self.spec.vocab_size))
+        for b, i in product(range(B), range(wanted)):
+            found = llama_cpp.llama_get_logits_ith(self._context, b * T + T - wanted + i)
+            logits[b, i] = torch.from_numpy(np.ctypeslib.as_array(found, (self.spec.vocab_size,)))
         return logits
 
     def _enter(self, state: State[Tensor]) -> None:

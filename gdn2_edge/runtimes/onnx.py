@@ -78,14 +78,6 @@ class OnnxModel(Runtime):
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, state: State[Tensor] | None = None) -> tuple[Tensor, State[Tensor]]:
-        """Logits of every token.
-
-        Args:
-            tokens: [B, T] int64 ids.
-            state: what came before; None for the beginning. It is consumed.
-        Returns:
-            logits [B, T, vocab_size] fp32, and the state after the last token.
-        """
         state = self._checked(tokens, state)
         logits = []
         for piece in _pieces(tokens):

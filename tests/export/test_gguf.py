@@ -468,3 +468,32 @@ def test_gguf_dump_opens_it(folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["metadata"]["general.architecture"]["value"] == "gdn2"
+
+
+READER = """
+import { gguf, GGMLQuantizationType } from "@huggingface/gguf";
+const { metadata, tensorInfos } = await gguf(process.argv[2], { allowLocalFile: true });
+const types = tensorInfos.map((tensor) => [tensor.name, GGMLQuantizationType[tensor.dtype], tensor.shape.map(Number)]);
+console.log(JSON.stringify({ metadata, types }, (_, value) => (typeof value === "bigint" ? Number(value) : value)));
+"""
+
+
+@pytest.mark.web
+@pytest.mark.parametrize("type", ["f32", "q8_0", "q4_0"])
+def test_the_reader_of_hugging_face_opens_it(folder: Path, type: str, tmp_path: Path) -> None:
+    packages, node = Path(__file__).parents[2] / "examples" / "web" / "node_modules", shutil.which("node")
+    if node is None or not (packages / "@huggingface" / "gguf").is_dir():
+        pytest.skip("node is missing, or npm ci in examples/web was not run")
+    export(folder, tmp_path / "x.gguf", type)
+    (tmp_path / "node_modules").symlink_to(packages)
+    (tmp_path / "read.mjs").write_text(READER, encoding="utf-8")
+    done = subprocess.run(
+        [node, tmp_path / "read.mjs", tmp_path / "x.gguf"], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    found, ours = json.loads(done.stdout), Read(tmp_path / "x.gguf")
+    assert found["metadata"]["general.architecture"] == "gdn2"
+    assert {key: found["metadata"].get(key) for key in ours.fields if not key.startswith("GGUF.")} == {
+        key: value for key, value in ours.fields.items() if not key.startswith("GGUF.")
+    }
+    assert found["types"] == [[name, type.name, ours.shapes[name]] for name, type in ours.types.items()]

@@ -18,12 +18,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from gdn2_edge.checkpoint.sentencepiece import tokenizer_from_sentencepiece
 from gdn2_edge.errors import CheckpointError
+from gdn2_edge.evaluate import read_documents
 from gdn2_edge.export.gguf.exporter import _add
 from gdn2_edge.export.gguf.tokenizer import LLAMA_3, QWEN_2, tokenizer_keys
 from gdn2_edge.generate.text import open_text
 from gdn2_edge.loading import model_path
 
-HELD_OUT = (Path(__file__).parents[2] / "benchmarks" / "data" / "heldout_chat.txt").read_text(encoding="utf-8")
+CHATS = read_documents(Path(__file__).parents[2] / "benchmarks" / "data" / "heldout_chat.jsonl")
+HELD_OUT = [line for chat in CHATS for message in chat.messages or [] for line in message.content.split("\n")]
 VOCAB_SIZE = 600
 LETTERS = "ab zéÄß 1２½٣ \n\t\r'sST!?…“”—¿あ漢字한🙂\u200d\u00a0\u3000\x00<|end|>. ..  $€ don't I'LL x"
 
@@ -32,7 +34,7 @@ def texts() -> list[str]:
     """Held-out chats, and odd strings."""
     chance = random.Random(0)
     odd = ["".join(chance.choices(LETTERS, k=chance.randint(1, 60))) for _ in range(500)]
-    return [*HELD_OUT.split("\n")[:200], *odd]
+    return [*HELD_OUT[:200], *odd]
 
 
 def split(regex: str) -> Any:
@@ -50,7 +52,7 @@ def trained(pre_tokenizer: Any, ignore_merges: bool = False, normalizer: Any = N
     trainer = trainers.BpeTrainer(
         vocab_size=500, special_tokens=["<|endoftext|>", "<|end|>"], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(HELD_OUT.split("\n")[:300], trainer)
+    tokenizer.train_from_iterator(HELD_OUT[:300], trainer)
     return json.loads(tokenizer.to_str())
 
 
@@ -68,7 +70,7 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     trainer = pytest.importorskip("sentencepiece", reason="the extra sentencepiece is not installed")
     folder = tmp_path_factory.mktemp("sentencepiece")
     trainer.SentencePieceTrainer.train(
-        sentence_iterator=iter(HELD_OUT.split("\n")[:300]),
+        sentence_iterator=iter(HELD_OUT[:300]),
         model_prefix=str(folder / "m"),
         vocab_size=VOCAB_SIZE,
         model_type="bpe",

@@ -27,6 +27,9 @@ class Counting(Runtime):
     def initial_state(self, batch: int = 1) -> State[Tensor]:
         return State(torch.zeros(batch, dtype=torch.int64), ())
 
+    def forward(self, tokens: Tensor, state: State[Tensor] | None = None) -> tuple[Tensor, State[Tensor]]:
+        raise NotImplementedError
+
     def prefill(self, tokens: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
         assert tokens.dtype == torch.int64
         self.fed.append(tokens[0].tolist())

@@ -14,14 +14,19 @@ from torch import Tensor
 from gdn2_edge.bench import bench
 from gdn2_edge.convert import convert_checkpoint
 from gdn2_edge.errors import BackendError, CheckpointError, SessionError
+from gdn2_edge.evaluate import evaluate, read_documents, token_ids
 from gdn2_edge.export.gguf import export_gguf
 from gdn2_edge.generate.session import Session
+from gdn2_edge.generate.text import open_text
 from gdn2_edge.loading import load, model_path
+from gdn2_edge.quantize import quantize_checkpoint
+from gdn2_edge.quantize.recipe import Recipe
 from gdn2_edge.sampling import Sampling
 
 pytestmark = pytest.mark.llama
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+CHATS = Path(__file__).parents[2] / "benchmarks" / "data" / "heldout_chat.jsonl"
 # Largest difference over the golden's standard deviation. fp32 sums in another order are at 2e-5.
 TOLERANCE = 1e-4
 GREEDY = Sampling(temperature=0, repetition_window=0)
@@ -67,6 +72,33 @@ def test_goldens_of_two_sequences(golden: tuple[Path, Tensor, Tensor], cuts: lis
         logits, state = runtime.prefill(ids[:, start:end], state)
         assert spread(logits, expected[:, end - 1]) < TOLERANCE
     assert state.position.tolist() == [192, 192]
+
+
+def test_logits_of_every_token(golden: tuple[Path, Tensor, Tensor]) -> None:
+    path, ids, expected = golden
+    runtime = load(path)
+    first, state = runtime.forward(ids[:, :70])
+    second, state = runtime.forward(ids[:, 70:], state)
+    assert spread(torch.cat([first, second], 1), expected) < TOLERANCE
+    assert state.position.tolist() == [192, 192]
+
+
+# A type's divergence from the model in bf16 beside that of our own format of as many bits. llama.cpp rounds the inputs
+# of products too, which at 8 bits costs about as much as the weights do.
+@pytest.mark.parametrize(("type", "own"), [("q8_0", "int8"), ("q5_0", "int4"), ("q4_0", "int4"), ("q4_k_m", "int4")])
+def test_types_lose_what_our_own_formats_lose(type: str, own: str, tmp_path: Path) -> None:
+    source = model_path("tiny")
+    exact, text = load(source, "cpu"), open_text(source)
+    ids = [token_ids(chat, text)[:200] for chat in read_documents(CHATS)[:5]]
+    export_gguf(source, tmp_path / "x.gguf", type)
+    quantize_checkpoint(source, tmp_path / "own", Recipe(format=own))
+    divergences = []
+    for path in (tmp_path / "x.gguf", tmp_path / "own"):
+        *_, found = evaluate(load(path), ids, exact)
+        assert found.against is not None
+        divergences.append(found.against.kl.mean)
+    assert divergences[0] < 2 * divergences[1]
+    assert type != "q5_0" or divergences[0] < divergences[1] / 2
 
 
 def test_a_state_is_cloned_kept_and_brought_back(golden: tuple[Path, Tensor, Tensor]) -> None:

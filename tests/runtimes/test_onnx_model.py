@@ -30,6 +30,7 @@ from gdn2_edge.checkpoint import onnx_file
 from gdn2_edge.checkpoint.onnx_file import open_export
 from gdn2_edge.convert import convert_checkpoint
 from gdn2_edge.errors import BackendError, CheckpointError, Gdn2EdgeError, SessionError
+from gdn2_edge.evaluate import evaluate
 from gdn2_edge.export.onnx import build_op as building
 from gdn2_edge.export.onnx import export_onnx, writer
 from gdn2_edge.generate.session import Session
@@ -194,6 +195,14 @@ def test_greedy_ids_are_those_of_torch(tiny: Model, exported_tiny: Path) -> None
             logits, state = model.step(torch.tensor(ids[-1:]), state)
         answers.append(ids)
     assert answers[0] == answers[1]
+
+
+def test_evaluation_sees_torch_and_an_export_as_one(pair: tuple[Model, OnnxModel]) -> None:
+    reference, model = pair
+    *_, found = evaluate(model, ids_of(model, 3, 300).tolist(), reference)
+    assert found.against is not None
+    assert found.against.top1.mean > 0.998  # ties of untrained weights
+    assert abs(found.against.kl.mean) < 1e-8
 
 
 @pytest.mark.parametrize("format", ["fp16", "int8"])

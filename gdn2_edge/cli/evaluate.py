@@ -1,0 +1,108 @@
+"""`gdn2-edge eval`: how well a model predicts a text, and how far it is from another one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gdn2_edge.cli.render import print_json, print_table, progress
+
+if TYPE_CHECKING:
+    from gdn2_edge.evaluate import Estimate, Evaluation
+
+
+def evaluate(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A checkpoint folder, an export, or the name of a model (tiny).")
+    ],
+    text: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TEXT",
+            help='A text, or a .jsonl file with {"text": ...} or {"messages": [...]} on each line.',
+        ),
+    ],
+    against: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Also compare with this model, which must know the same tokens.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Read at most so many tokens of each document.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="Activations: fp32, bf16, fp16 or fp8; by default what suits the device.")
+    ] = None,
+    runtime: Annotated[
+        str,
+        typer.Option(help="auto, torch, triton (fused kernels, on a GPU), onnx or llama-cpp (exports)."),
+    ] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Measure how well a model predicts a text: its perplexity.
+
+    Each document begins with an empty memory. --device, --dtype and --runtime are for PATH; the model of --against
+    runs as it would without them. Ctrl-C prints what is known by then.
+    """
+    from gdn2_edge import evaluate as library
+    from gdn2_edge.errors import Gdn2EdgeError
+    from gdn2_edge.generate.text import open_text
+    from gdn2_edge.loading import ACTIVATIONS, load, model_path
+
+    if dtype is not None and dtype not in ACTIVATIONS:
+        raise typer.BadParameter(f"--dtype is {dtype!r}, expected one of {', '.join(ACTIVATIONS)}.")
+    documents = library.read_documents(text)
+    model = load(model_path(path), device, ACTIVATIONS[dtype] if dtype else None, runtime)
+    reference = load(model_path(against)) if against else None
+    if reference is not None:
+        library.check_same_tokens(model, reference, documents)
+    tokenizer = open_text(model.text_files)
+    ids = [library.token_ids(document, tokenizer)[:max_tokens] for document in documents]
+    total = sum(max(0, len(row) - 1) for row in ids)
+    found, stopped = None, False
+    with progress("Reading", quiet, unit="tokens") as show:
+        try:
+            for found in library.evaluate(model, ids, reference):
+                if show:
+                    show(found.tokens, total, f"perplexity {found.perplexity:,.2f}")
+        except KeyboardInterrupt:
+            stopped = True
+    if stopped:
+        print(f"\nStopped after {found.tokens if found else 0:,} of {total:,} tokens.", file=sys.stderr)
+    if found is None:
+        if stopped:
+            raise typer.Exit(130)
+        raise Gdn2EdgeError(f"{text}: no document has two tokens, so there is nothing to predict.")
+    names = {"model": f"{model.path}", "runtime": model.name}
+    if reference is not None:
+        names |= {"reference": f"{reference.path}", "reference_runtime": reference.name}
+    if json:
+        print_json({**names, "complete": not stopped, **found.to_json()})
+    else:
+        _print(names, found)
+    if stopped:
+        raise typer.Exit(130)
+
+
+def _print(names: dict[str, str], found: Evaluation) -> None:
+    rows = [
+        ["model", f"{names['model']}, {names['runtime']}"],
+        ["read", f"{found.tokens:,} tokens of {found.documents:,} documents"],
+        ["perplexity", f"{found.perplexity:.4g} ({_interval(found.loss, 'nats a token')})"],
+    ]
+    if (other := found.against) is not None:
+        rows += [
+            ["against", f"{names['reference']}, {names['reference_runtime']}"],
+            ["its perplexity", f"{other.perplexity:.4g} ({_interval(other.loss, 'nats a token')})"],
+            ["change of perplexity", _interval(other.change_percent, "%")],
+            ["KL divergence", _interval(other.kl, "nats a token")],
+            ["same likeliest token", _interval(other.top1, "%", 100)],
+        ]
+    print_table("", ["", ""], rows)
+
+
+def _interval(value: Estimate, unit: str, times: float = 1.0) -> str:
+    """A mean with half of its 95 % interval."""
+    width = "" if value.half_width is None else f" +- {times * value.half_width:.2g}"
+    return f"{times * value.mean:.4g}{width} {unit}"
