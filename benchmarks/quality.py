@@ -1,6 +1,6 @@
 """What each format costs the default model on held-out chats: perplexity, KL divergence, top-1 agreement.
 
-    python benchmarks/quality.py [--model tiny] [--chats 237] [--only int8 onnx-int4 ...] [--record]
+    python benchmarks/quality.py [--model tiny] [--chats 237] [--only int8 "onnx int8" ...] [--record]
 
 Every format runs as in a chat. Our own formats and llama.cpp's are compared with the model in bf16 with fp32
 activations, ONNX exports with the checkpoint they were made of, in torch. The first 256 tokens of each chat count. GGUF
@@ -19,7 +19,7 @@ from typing import Any
 from heldout import chats
 from record import append
 
-from gdn2_edge.evaluate import Evaluation, evaluate, token_ids
+from gdn2_edge.evaluate import MIN_SAMPLES, Evaluation, evaluate, token_ids
 from gdn2_edge.export.gguf import export_gguf
 from gdn2_edge.export.onnx import export_onnx
 from gdn2_edge.generate.text import open_text
@@ -61,6 +61,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
+    if args.chats is not None and args.chats < MIN_SAMPLES:
+        parser.error(f"--chats is {args.chats}: intervals need {MIN_SAMPLES}")
     path = model_path(args.model)
     text = open_text(path)
     ids = [token_ids(chat, text)[:TOKENS] for chat in chats()[: args.chats]]

@@ -7,6 +7,7 @@ what lies far back counts as far as the model remembers it.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,13 +22,14 @@ from gdn2_edge.generate.text import ChatTokenizer, open_text
 from gdn2_edge.runtime import Runtime
 from gdn2_edge.state import State
 
-# Tokens fed at once: bounds the logits that are held. Each piece is one sample of the intervals.
+# Tokens fed at once: bounds the logits that are held. Each piece is one sample of the intervals, taken as independent.
 PIECE_TOKENS = 256
+MIN_SAMPLES = 20  # with fewer, an interval that is called one of 95 % holds 90 % and less
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over tokens and half of its 95 % interval, which is None where there is but one piece."""
+    """A mean over tokens, and half of its 95 % interval: None where there are fewer than 20 pieces of text."""
 
     mean: float
     half_width: float | None
@@ -40,7 +42,7 @@ class Comparison:
     Attributes:
         loss: of the reference, nats a token.
         change: of the loss, the model's less the reference's, nats a token.
-        kl: KL divergence of the model's distributions from the reference's, nats a token.
+        kl: KL(reference || model), nats a token.
         top1: share of places where both have the same likeliest token.
     """
 
@@ -52,13 +54,13 @@ class Comparison:
     @property
     def perplexity(self) -> float:
         """Of the reference."""
-        return math.exp(self.loss.mean)
+        return _exp(self.loss.mean)
 
     @property
     def change_percent(self) -> Estimate:
         """Of the perplexity, to first order in the interval."""
         width = self.change.half_width
-        ratio = math.exp(self.change.mean)
+        ratio = _exp(self.change.mean)
         return Estimate(100 * (ratio - 1), None if width is None else 100 * ratio * width)
 
 
@@ -80,14 +82,20 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss.mean)
+        return _exp(self.loss.mean)
 
     def to_json(self) -> dict[str, Any]:
+        """Everything, as numbers."""
         found = {**asdict(self), "perplexity": self.perplexity}
         if self.against is not None:
             against = {**asdict(self.against), "perplexity": self.against.perplexity}
             found["against"] = {**against, "change_percent": asdict(self.against.change_percent)}
         return found
+
+
+def _exp(nats: float) -> float:
+    """e^nats, at most the largest number there is: a model can be that wrong."""
+    return math.exp(min(nats, math.log(sys.float_info.max)))
 
 
 class Message(BaseModel):
@@ -113,12 +121,12 @@ def read_documents(file: Path) -> list[Document]:
         Gdn2EdgeError: the file is not UTF-8, is empty, or a line is neither a text nor a chat.
     """
     try:
-        content = file.read_text(encoding="utf-8")
+        content = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise Gdn2EdgeError(f"{file}: byte {error.start} is not UTF-8, expected a text.") from None
     if not content.strip():
         raise Gdn2EdgeError(f"{file} is empty, expected a text to predict.")
-    if file.suffix != ".jsonl":
+    if file.suffix.lower() != ".jsonl":
         return [Document(text=content)]
     return [_document(line, f"{file}, line {i}") for i, line in enumerate(content.split("\n"), 1) if line.strip()]
 
@@ -132,17 +140,14 @@ def _document(line: str, where: str) -> Document:
         place = ".".join(map(str, first["loc"]))
         raise Gdn2EdgeError(f"{where}: {place and place + ': '}{first['msg']}. Expected {expected}.") from None
     if (document.text is None) == (document.messages is None):
-        raise Gdn2EdgeError(f"{where}: it has {_both_or_none(document)}. Expected {expected}.")
+        what = "neither a text nor messages" if document.text is None else "a text and messages"
+        raise Gdn2EdgeError(f"{where}: it has {what}. Expected {expected}.")
     roles = [message.role for message in document.messages or []]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if document.messages is not None and (not turns or turns != (["user", "assistant"] * len(turns))[: len(turns)]):
         order = ", ".join(roles[:6]) or "none"
         raise Gdn2EdgeError(f"{where}: the roles are {order}; expected system or not, then user and assistant in turn.")
     return document
-
-
-def _both_or_none(document: Document) -> str:
-    return "neither a text nor messages" if document.text is None else "a text and messages"
 
 
 def token_ids(document: Document, text: ChatTokenizer) -> list[int]:
@@ -162,18 +167,31 @@ def token_ids(document: Document, text: ChatTokenizer) -> list[int]:
     return ids
 
 
-def check_same_tokens(model: Runtime, reference: Runtime, documents: Sequence[Document]) -> None:
-    """Raise Gdn2EdgeError unless both models read the documents as the same tokens of the same vocabulary."""
-    if model.fingerprint == reference.fingerprint:
+def read_ids(model: Runtime, documents: Sequence[Document], max_tokens: int | None = None) -> list[list[int]]:
+    """What a model is fed of each document, at most so many tokens."""
+    text = open_text(model.text_files)
+    return [token_ids(document, text)[:max_tokens] for document in documents]
+
+
+def check_same_ids(
+    model: Runtime,
+    reference: Runtime,
+    ids: list[list[int]],
+    documents: Sequence[Document],
+    max_tokens: int | None = None,
+) -> None:
+    """Raise Gdn2EdgeError unless the reference reads the documents as the same tokens of the same vocabulary."""
+    if model.fingerprint and model.fingerprint == reference.fingerprint:
         return
-    sizes = model.spec.vocab_size, reference.spec.vocab_size
-    ours, theirs = open_text(model.text_files), open_text(reference.text_files)
-    if sizes[0] == sizes[1] and all(token_ids(d, ours) == token_ids(d, theirs) for d in documents):
-        return
-    raise Gdn2EdgeError(
-        f"{model.path} and {reference.path} read this text as different tokens (vocabularies of {sizes[0]} and "
-        f"{sizes[1]}), so what they predict cannot be compared."
-    )
+    sizes, what = (model.spec.vocab_size, reference.spec.vocab_size), ""
+    if sizes[0] != sizes[1]:
+        what = f"have vocabularies of {sizes[0]:,} and {sizes[1]:,} tokens"
+    elif read_ids(reference, documents, max_tokens) != ids:
+        what = "read this text as different tokens"
+    if what:
+        raise Gdn2EdgeError(
+            f"{model.path} and {reference.path} {what}, so what they predict cannot be compared. Evaluate each alone."
+        )
 
 
 @torch.inference_mode()
@@ -189,6 +207,9 @@ def evaluate(
 
     Yields:
         What is known so far, after every piece of at most 256 tokens; the last one is the result.
+
+    Raises:
+        Gdn2EdgeError: a model gave logits that are not finite.
     """
     sums: list[Tensor] = []  # of every piece: tokens, losses, and those of the comparison
     read = 0
@@ -202,9 +223,10 @@ def evaluate(
             row = [torch.tensor(len(found)), loss]
             if reference is not None:
                 exact, states[1] = _predictions(reference, piece, states[1])
+                exact_loss = _loss(exact, piece)
                 kl = (exact.exp() * (exact - found)).sum()
                 same = (exact.argmax(-1) == found.argmax(-1)).sum()
-                row += [_loss(exact, piece), loss - _loss(exact, piece), kl, same]
+                row += [exact_loss, loss - exact_loss, kl, same]
             sums.append(torch.stack([value.double() for value in row]))
             yield _evaluation(read, torch.stack(sums))
 
@@ -212,6 +234,8 @@ def evaluate(
 def _predictions(model: Runtime, piece: Tensor, state: State[Tensor] | None) -> tuple[Tensor, State[Tensor]]:
     """Log probabilities [T, V] fp64 of the tokens after each of piece [1, T + 1] but the last, which is not fed."""
     logits, state = model.forward(piece[:, :-1], state)
+    if not torch.isfinite(logits).all():
+        raise Gdn2EdgeError(f"{model.path}: the model gave logits that are not finite. Its weights may be damaged.")
     return logits[0].double().log_softmax(-1).cpu(), state
 
 
@@ -224,8 +248,8 @@ def _evaluation(documents: int, sums: Tensor) -> Evaluation:
     tokens, values = sums[:, :1], sums[:, 1:]
     means = values.sum(0) / tokens.sum()
     N = len(sums)
-    # A ratio of two sums over pieces, which are taken to be independent.
+    # Of a ratio of two sums over pieces.
     spread = ((values - means * tokens) ** 2).sum(0).sqrt() / tokens.sum()
-    half = 1.96 * spread * math.sqrt(N / (N - 1)) if N > 1 else None
+    half = 1.96 * spread * math.sqrt(N / (N - 1)) if N >= MIN_SAMPLES else None
     found = [Estimate(float(m), None if half is None else float(half[i])) for i, m in enumerate(means)]
     return Evaluation(documents, int(tokens.sum()), found[0], Comparison(*found[1:]) if len(found) > 1 else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from typing import Annotated, NoReturn
@@ -57,6 +58,9 @@ def options(
 
 def main() -> NoReturn:
     """Run the command line: exit code 1 and one sentence for an error, 2 for wrong usage, 130 for Ctrl-C in work."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, io.StringIO())
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

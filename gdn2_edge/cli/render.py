@@ -11,6 +11,7 @@ from typing import Any, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -19,13 +20,20 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on stdout; numbers stand right, words left."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    """A table on stdout; numbers stand right, words left. Cells are plain text, without markup."""
+    table = Table(
+        title=Text(printable(title)) if title else None,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        show_header=any(columns),
+    )
     for i, column in enumerate(columns):
         words = i == 0 or column in ("format", "note", "")
         table.add_column(column, justify="left" if words else "right", no_wrap=i == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     width = None if sys.stdout.isatty() else 120
     Console(width=width, highlight=False, soft_wrap=False).print(table)
 
@@ -55,7 +63,7 @@ def progress(
         BarColumn(),
         DownloadColumn() if unit == "bytes" else MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[name]}"),
+        TextColumn("{task.fields[name]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=None, name="")

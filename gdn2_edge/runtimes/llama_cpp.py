@@ -134,7 +134,7 @@ class LlamaCppModel(Runtime):
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, state: State[Tensor] | None = None) -> tuple[Tensor, State[Tensor]]:
-        return self._feed(tokens, self.initial_state(tokens.shape[0]) if state is None else state, every=True)
+        return self._feed(tokens, state, every=True)
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
@@ -195,10 +195,11 @@ class LlamaCppModel(Runtime):
         layers = len(self.spec.layer_types)
         return super().state_bytes + HEAD_BYTES + CELL_BYTES * cells + layers * (kept + HEAD_BYTES)
 
-    def _feed(self, tokens: Tensor, state: State[Tensor], every: bool) -> tuple[Tensor, State[Tensor]]:
+    def _feed(self, tokens: Tensor, state: State[Tensor] | None, every: bool) -> tuple[Tensor, State[Tensor]]:
         """Logits after every token [B, T, V] or after the last ones alone [B, 1, V], and the new state."""
         check_tokens(self.spec, tokens, state)
         B, T = tokens.shape
+        state = self.initial_state(B) if state is None else state
         self._enter(state)
         self._alive = None  # until all is fed
         position, logits = state.position, []

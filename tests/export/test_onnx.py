@@ -169,6 +169,10 @@ def check_weights(model: Any, checkpoint: Path) -> None:
         codes = next(name for name in node.input if name.endswith("_codes"))
         names = canonical(codes.removesuffix("_codes"))
         expected = torch.cat([source.weight(name).rows(slice(None)) for name in names])
+        if node.op_type == "MatMulNBits":  # see products.FINE
+            fine = ("o_proj.weight", "w3.weight") if checkpoint.name == "int8" else ("o_proj.weight",)
+            block = 16 if names[0].endswith(fine) else 32
+            assert [a.i for a in node.attribute if a.name == "block_size"] == [block], codes
         read = matmul_nbits_values if node.op_type == "MatMulNBits" else dequantized_values
         scale = numpy_helper.to_array(tensors[codes.removesuffix("_codes") + "_scale"])
         found = read(tensors[codes], scale, {a.name: a.i for a in node.attribute})
