@@ -7,7 +7,7 @@ ONNX Runtime runs each export with its stock operators and with the operator's l
 GGUF types of as many bits. Correctness first: an ONNX export's logits must be near torch's of the same checkpoint, a
 GGUF file's own prompt and single steps must agree. Then all take turns, a few tokens each, so that a slow minute of the
 machine meets them all. `share` is what a token cannot avoid to move, over its time, of the rate at which this machine
-reads. One format is in memory at a time. At 1.3B shapes fp32 needs 16 GB and 10 GB of disk for a while, int8 half.
+reads memory: the median of one look a round, between the models' turns. One format is in memory at a time. At 1.3B shapes fp32 needs 16 GB and 10 GB of disk for a while, int8 half.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     build_op()
-    what, rows, rate = args.random or args.model, dict[str, Row](), read_rate(torch.device("cpu"))
-    print(f"{what}, {args.threads} threads, memory is read at {rate / 1e9:.1f} GB/s")
-    print(f"{'ms':26} {'a token':>8} {'p20':>8} {'p80':>8} {'share':>6} {args.prompt_tokens:>8} tokens")
+    what, rows = args.random or args.model, dict[str, Row]()
+    print(f"{what}, {args.threads} threads")
+    print(f"{'ms':26} {'a token':>8} {'p20':>8} {'p80':>8} {'share':>6} {'of GB/s':>8} {args.prompt_tokens:>8} tokens")
     with tempfile.TemporaryDirectory() as folder:
         source = model_path(args.model) if not args.random else Path(folder) / "source"
         if args.random:
@@ -75,17 +75,18 @@ def main() -> int:
             with tempfile.TemporaryDirectory(dir=folder) as work:
                 tolerance = TOLERANCES[format] * (RANDOM_TIMES if args.random else 1)
                 models = open_models(source, format, Path(work))
-                found = measure(models, tolerance, args.rounds, args.prompt_tokens)
+                found, rates = measure(models, tolerance, args.rounds, args.prompt_tokens)
                 bytes_moved = {name: moved(model) for name, model in models.items()}
             del models
-            rows |= {name: {**row, "bytes": bytes_moved[name]} for name, row in found.items()}
+            rows |= {name: {**row, "bytes": bytes_moved[name], "read_rate": rates} for name, row in found.items()}
             for name, row in found.items():
                 one, many = row["decode_ms"], row["prefill_ms"]
-                share = bytes_moved[name] / (1e-3 * one["median"]) / rate
+                share = bytes_moved[name] / (1e-3 * one["median"]) / rates["median"]
                 line = f"{name:26} {one['median']:>8.2f} {one['p20']:>8.2f} {one['p80']:>8.2f} {share:>6.0%}"
+                line += f" {rates['median'] / 1e9:>8.1f}"
                 print(f"{line} {many['median']:>15.1f}", flush=True)
     if args.record:
-        facts = {"what": what, "prompt_tokens": args.prompt_tokens, "read_rate": rate}
+        facts = {"what": what, "prompt_tokens": args.prompt_tokens}
         versions = {"onnxruntime": onnx_runtime.onnxruntime.__version__, "llama_cpp": llama_cpp_version()}
         append(NAME, {**facts, **versions, "rows": rows})
     if what != "tiny" or "torch int8" not in rows:
@@ -135,8 +136,11 @@ def moved(model: Runtime) -> int:
     return traffic(opened(model), model.spec.window).total
 
 
-def measure(models: dict[str, Runtime], tolerance: float, rounds: int, prompt: int) -> dict[str, Row]:
-    """Name -> times of a token and of a prompt. The first is what the logits of ONNX exports must be near to."""
+def measure(models: dict[str, Runtime], tolerance: float, rounds: int, prompt: int) -> tuple[dict[str, Row], Row]:
+    """Name -> times of a token and of a prompt; and bytes a second that memory was read at in between.
+
+    The first model's logits are what those of ONNX exports must be near to.
+    """
     vocab = next(iter(models.values())).spec.vocab_size
     ids = torch.randint(0, vocab, (1, prompt), generator=torch.Generator().manual_seed(1))
     states, logits, decode, prefill = {}, {}, {}, {}
@@ -151,8 +155,9 @@ def measure(models: dict[str, Runtime], tolerance: float, rounds: int, prompt: i
         error = float((found - expected).norm() / expected.norm())
         if not error <= tolerance:
             sys.exit(f"{name}: logits are off by {error:.2g}, more than {tolerance:g}")
-    token = ids[:, -1]
+    token, rates = ids[:, -1], []
     for _ in range(rounds):
+        rates.append(read_rate(torch.device("cpu")))
         for name, model in models.items():
             time.sleep(TURN_SECONDS)
             for _ in range(TOKENS):
@@ -162,7 +167,8 @@ def measure(models: dict[str, Runtime], tolerance: float, rounds: int, prompt: i
             begun = time.perf_counter()
             model.prefill(ids, model.initial_state())
             prefill[name].append(1e3 * (time.perf_counter() - begun))
-    return {name: {"decode_ms": summary(decode[name]), "prefill_ms": summary(prefill[name])} for name in models}
+    times = {name: {"decode_ms": summary(decode[name]), "prefill_ms": summary(prefill[name])} for name in models}
+    return times, summary(rates)
 
 
 if __name__ == "__main__":
