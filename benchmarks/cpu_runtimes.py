@@ -7,7 +7,8 @@ ONNX Runtime runs each export with its stock operators and with the operator's l
 GGUF types of as many bits. Correctness first: an ONNX export's logits must be near torch's of the same checkpoint, a
 GGUF file's own prompt and single steps must agree. Then all take turns, a few tokens each, so that a slow minute of the
 machine meets them all. `share` is what a token cannot avoid to move, over its time, of the rate at which this machine
-reads memory: the median of one look a round, between the models' turns. One format is in memory at a time. At 1.3B shapes fp32 needs 16 GB and 10 GB of disk for a while, int8 half.
+reads memory: the median of one look a round, between the models' turns. One format is in memory at a time. At 1.3B
+shapes fp32 needs 16 GB and 10 GB of disk for a while, int8 half.
 """
 
 from __future__ import annotations
