@@ -68,7 +68,7 @@ def write_checkpoint(
     Raises:
         CheckpointError: `out` exists and `force` is false, another process writes it, the disk is full, ...
     """
-    _check_target(out, force)
+    check_target(out, force)
     partial = out.parent / f".{out.name}.partial"
     if partial.is_symlink():
         raise CheckpointError(f"{partial} is a link, expected a folder of an interrupted run. Remove it.")
@@ -114,7 +114,8 @@ def check_room(folder: Path, needed: int, out: Path) -> None:
         raise CheckpointError(f"{out.parent}: {free >> 20} MiB are free, {needed >> 20} MiB are needed.")
 
 
-def _check_target(out: Path, force: bool) -> None:
+def check_target(out: Path, force: bool) -> None:
+    """Raise CheckpointError if `out` is there already and must not be replaced."""
     if not out.exists() and not out.is_symlink():
         return
     if not force:

@@ -41,7 +41,7 @@ def quantize(
     if group_size is not None and chosen.format != "int4" and all(rule.format != "int4" for rule in chosen.rules):
         raise typer.BadParameter(f"--group-size is for int4; {chosen.format} has one scale a row.")
     path = model_path(src)
-    plan = quantize_checkpoint(path, out, chosen, dry_run=True)
+    plan = quantize_checkpoint(path, out, chosen, dry_run=True, force=force)
     if not (json or quiet):
         _print_plan(plan)
     if dry_run:

@@ -233,6 +233,8 @@ def _command(talk: Talk, text: str) -> None:
 
     name, _, argument = text.partition(" ")
     argument = argument.strip()
+    if argument and name in ("/help", "/undo", "/reset", "/stats"):
+        raise SessionError(f"{name} takes nothing after it, found {argument!r}.")
     match name:
         case "/help":
             print(HELP)
@@ -245,6 +247,8 @@ def _command(talk: Talk, text: str) -> None:
             print(f"{file}: {talk.session.position:,} tokens, state {megabytes(talk.session.state_bytes)}.")
         case "/load" if argument:
             file = Path(argument).expanduser()
+            if talk.file is None and talk.session.position:
+                raise SessionError("this conversation is kept nowhere. /save FILE keeps it, /reset forgets it.")
             with talk.moving_to(file):
                 session = Session.load(file, talk.session.runtime, talk.session.tokenizer)
                 session.sampling = with_options(session.sampling, talk.options)

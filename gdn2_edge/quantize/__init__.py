@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gdn2_edge.checkpoint.files import TensorInfo, check_apart, companions, identity
 from gdn2_edge.checkpoint.reader import Checkpoint, open_checkpoint
-from gdn2_edge.checkpoint.writer import Job, Progress, write_checkpoint
+from gdn2_edge.checkpoint.writer import Job, Progress, check_target, write_checkpoint
 from gdn2_edge.errors import FormatError
 from gdn2_edge.quantize.fp8 import encode_fp8
 from gdn2_edge.quantize.int4 import encode_int4
@@ -81,6 +81,7 @@ def quantize_checkpoint(
     """
     src, dst = Path(src), Path(dst)
     check_apart(src, dst)
+    check_target(dst, force)
     checkpoint = open_checkpoint(src)
     planned = plan(recipe, checkpoint.spec)
     for entry in planned:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from gdn2_edge import cli
-from gdn2_edge.cli.terminal import faster_here
+from gdn2_edge.cli.terminal import Talk, _command, faster_here
+from gdn2_edge.errors import SessionError
 from gdn2_edge.export.onnx import export_onnx
+from gdn2_edge.generate.session import Session
 from gdn2_edge.loading import load, model_path
-from gdn2_edge.model import load_model
+from gdn2_edge.model import Model, load_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -78,6 +82,28 @@ def test_advice_of_what_is_faster_here(tmp_path: Path) -> None:
     assert faster_here(load(tmp_path / "onnx", "cpu")) == ""
 
 
+def test_a_talk_loses_no_conversation_to_a_command(tiny: Model, tmp_path: Path) -> None:
+    earlier = Session(tiny)
+    list(earlier.send("Hello!", 3))
+    earlier.save(tmp_path / "earlier.session")
+    talk = Talk(Session(tiny), None, {}, contextlib.ExitStack(), max_tokens=3)
+    list(talk.answer("My code is 418."))
+    fed = talk.session.position
+    for line, words in (
+        (f"/load {tmp_path / 'earlier.session'}", "kept nowhere. /save FILE"),
+        ("/undo all", "/undo takes nothing after it, found 'all'"),
+        ("/reset now", "/reset takes nothing"),
+        ("/load", "/load needs a file name"),
+    ):
+        with pytest.raises(SessionError, match=re.escape(words)):
+            _command(talk, line)
+        assert talk.session.position == fed
+    _command(talk, f"/save {tmp_path / 'kept.session'}")
+    _command(talk, f"/load {tmp_path / 'earlier.session'}")
+    assert talk.session.position == earlier.position
+    talk.close()
+
+
 def test_inspect_says_what_a_training_file_does_not(run) -> None:
     done = run("inspect", GOLDEN / "hybrid-model-ckpt.pth")
     assert done.code == 1
@@ -94,6 +120,17 @@ def test_convert_with_nothing_else_said_meets_the_golden(run, tmp_path: Path) ->
     golden = load_file(GOLDEN / "recurrent-golden.safetensors")
     logits, _ = load_model(tmp_path / "X", dtype=torch.float32).forward(golden["input_ids"].long())
     assert float((logits - golden["logits"]).abs().max() / golden["logits"].std()) < 5e-5
+
+
+def test_a_plan_is_of_what_can_be_written(run, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes.txt").touch()
+    for options in ((), ("--dry-run",)):
+        done = run("quantize", "tiny", "--format", "int8", "--out", tmp_path / "there", *options)
+        assert (done.code, done.out) == (1, "")
+        assert "there exists. Choose another --out" in done.err
+    done = run("quantize", "tiny", "--format", "int8", "--out", tmp_path / "there", "--force", "--dry-run")
+    assert "not a folder that gdn2-edge made" in done.err
 
 
 def test_quantize_prints_a_plan_and_a_report(run, tmp_path: Path) -> None:
