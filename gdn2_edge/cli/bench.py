@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gdn2_edge.cli.options import Device, Dtype, RuntimeName, activations
 from gdn2_edge.cli.render import megabytes, print_json, print_table, stages
 
 if TYPE_CHECKING:
@@ -34,14 +35,9 @@ def bench(
         int, typer.Option(min=1, max=1 << 20, help="Tokens before those that are timed: fills a window.")
     ] = 32,
     batch: Annotated[int, typer.Option(min=1, max=4096, help="Also decode so many sequences together.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str | None, typer.Option(help="Activations: fp32, bf16, fp16 or fp8; by default what suits the device.")
-    ] = None,
-    runtime: Annotated[
-        str,
-        typer.Option(help="auto, torch, triton (fused kernels, on a GPU), onnx or llama-cpp (exports)."),
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = None,
+    runtime: RuntimeName = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
@@ -59,18 +55,16 @@ def bench(
 
     from gdn2_edge.bench import bench as measure
     from gdn2_edge.bench.random_weights import random_weights
-    from gdn2_edge.loading import ACTIVATIONS
     from gdn2_edge.model import pick_device
 
-    if dtype is not None and dtype not in ACTIVATIONS:
-        raise typer.BadParameter(f"--dtype is {dtype!r}, expected one of {', '.join(ACTIVATIONS)}.")
+    activation_dtype = activations(dtype)
     with stages(quiet) as show:
         report = measure(
             random_weights(config, format or "bf16", group_size, seed or 0, pick_device(device))
             if config is not None
             else path or "tiny",
             device,
-            ACTIVATIONS[dtype] if dtype else None,
+            activation_dtype,
             runtime,
             tokens=tokens,
             prompt_tokens=prompt_tokens,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gdn2_edge.cli.options import Device, Dtype, RuntimeName, activations
 from gdn2_edge.cli.render import print_json
 from gdn2_edge.cli.terminal import Talk, converse, print_answer, with_options
 from gdn2_edge.errors import SessionError
@@ -33,14 +34,9 @@ def chat(
         float | None, typer.Option(help="1 is none; above 1.1 spoils copied numbers.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same conversation.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str | None, typer.Option(help="Activations: fp32, bf16, fp16 or fp8; by default what suits the device.")
-    ] = None,
-    runtime: Annotated[
-        str,
-        typer.Option(help="auto, torch, triton (fused kernels, on a GPU), onnx or llama-cpp (exports)."),
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = None,
+    runtime: RuntimeName = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one answer as JSON (with --once or a pipe).")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print answers only.")] = False,
 ) -> None:
@@ -85,15 +81,14 @@ def _open(
     runtime: str,
 ) -> Talk:
     from gdn2_edge.generate.session import Session, exclusive
-    from gdn2_edge.loading import ACTIVATIONS, load
+    from gdn2_edge.loading import load
 
-    if dtype is not None and dtype not in ACTIVATIONS:
-        raise typer.BadParameter(f"--dtype is {dtype!r}, expected one of {', '.join(ACTIVATIONS)}.")
+    activation_dtype = activations(dtype)
     kept = Path(file) if file is not None else None
     with contextlib.ExitStack() as lock:
         if kept:
             lock.enter_context(exclusive(kept))
-        model = load(path, device, ACTIVATIONS[dtype] if dtype else None, runtime)
+        model = load(path, device, activation_dtype, runtime)
         if kept and kept.exists():
             if system is not None:
                 raise SessionError(f"{kept} has begun already: --system is for a new session. Leave it out.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gdn2_edge.cli.options import Device, Dtype, RuntimeName, activations
 from gdn2_edge.cli.render import print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -29,14 +30,9 @@ def evaluate(
         str | None, typer.Option(metavar="PATH", help="Also compare with this model, which must know the same tokens.")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Read at most so many tokens of each document.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str | None, typer.Option(help="Activations: fp32, bf16, fp16 or fp8; by default what suits the device.")
-    ] = None,
-    runtime: Annotated[
-        str,
-        typer.Option(help="auto, torch, triton (fused kernels, on a GPU), onnx or llama-cpp (exports)."),
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = None,
+    runtime: RuntimeName = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
@@ -49,12 +45,11 @@ def evaluate(
     """
     from gdn2_edge import evaluate as library
     from gdn2_edge.errors import Gdn2EdgeError
-    from gdn2_edge.loading import ACTIVATIONS, load, model_path
+    from gdn2_edge.loading import load, model_path
 
-    if dtype is not None and dtype not in ACTIVATIONS:
-        raise typer.BadParameter(f"--dtype is {dtype!r}, expected one of {', '.join(ACTIVATIONS)}.")
+    activation_dtype = activations(dtype)
     documents = library.read_documents(text)
-    model = load(model_path(path), device, ACTIVATIONS[dtype] if dtype else None, runtime)
+    model = load(model_path(path), device, activation_dtype, runtime)
     reference = load(model_path(against)) if against is not None else None
     ids = library.read_ids(model, documents, max_tokens)
     if reference is not None:
