@@ -19,7 +19,7 @@ from typing import Any
 from heldout import chats
 from record import append
 
-from gdn2_edge.evaluate import MIN_SAMPLES, Evaluation, evaluate, token_ids
+from gdn2_edge.evaluate import MIN_SAMPLES, Evaluation, evaluate, read_ids
 from gdn2_edge.export.gguf import export_gguf
 from gdn2_edge.export.onnx import export_onnx
 from gdn2_edge.generate.text import open_text
@@ -64,8 +64,7 @@ def main() -> int:
     if args.chats is not None and args.chats < MIN_SAMPLES:
         parser.error(f"--chats is {args.chats}: intervals need {MIN_SAMPLES}")
     path = model_path(args.model)
-    text = open_text(path)
-    ids = [token_ids(chat, text)[:TOKENS] for chat in chats()[: args.chats]]
+    ids = read_ids(open_text(path), chats()[: args.chats], TOKENS)
     rows: dict[str, dict[str, Any]] = {}
     print(f"{'':12} {'MB':>6} {'perplexity':>10} {'change':>16} {'KL':>18} {'top-1':>16}")
     for name in args.only:

@@ -167,9 +167,8 @@ def token_ids(document: Document, text: ChatTokenizer) -> list[int]:
     return ids
 
 
-def read_ids(model: Runtime, documents: Sequence[Document], max_tokens: int | None = None) -> list[list[int]]:
-    """What a model is fed of each document, at most so many tokens."""
-    text = open_text(model.text_files)
+def read_ids(text: ChatTokenizer, documents: Sequence[Document], max_tokens: int | None = None) -> list[list[int]]:
+    """What a model with this tokenizer is fed of each document, at most so many tokens."""
     return [token_ids(document, text)[:max_tokens] for document in documents]
 
 
@@ -186,7 +185,7 @@ def check_same_ids(
     sizes, what = (model.spec.vocab_size, reference.spec.vocab_size), ""
     if sizes[0] != sizes[1]:
         what = f"have vocabularies of {sizes[0]:,} and {sizes[1]:,} tokens"
-    elif read_ids(reference, documents, max_tokens) != ids:
+    elif read_ids(open_text(reference.text_files), documents, max_tokens) != ids:
         what = "read this text as different tokens"
     if what:
         raise Gdn2EdgeError(

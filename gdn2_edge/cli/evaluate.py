@@ -45,13 +45,14 @@ def evaluate(
     """
     from gdn2_edge import evaluate as library
     from gdn2_edge.errors import Gdn2EdgeError
-    from gdn2_edge.loading import load, model_path
+    from gdn2_edge.generate.text import open_text
+    from gdn2_edge.loading import load
 
     activation_dtype = activations(dtype)
     documents = library.read_documents(text)
-    model = load(model_path(path), device, activation_dtype, runtime)
-    reference = load(model_path(against)) if against is not None else None
-    ids = library.read_ids(model, documents, max_tokens)
+    model = load(path, device, activation_dtype, runtime)
+    reference = load(against) if against is not None else None
+    ids = library.read_ids(open_text(model.text_files), documents, max_tokens)
     if reference is not None:
         library.check_same_ids(model, reference, ids, documents, max_tokens)
     total = sum(max(0, len(row) - 1) for row in ids)
@@ -65,17 +66,16 @@ def evaluate(
             stopped = True
     if stopped:
         print(f"\nStopped after {found.tokens if found else 0:,} of {total:,} tokens.", file=sys.stderr)
-    if found is None:
-        if stopped:
-            raise typer.Exit(130)
+    elif found is None:
         raise Gdn2EdgeError(f"{text}: no document has two tokens, so there is nothing to predict.")
-    names = {"model": f"{model.path}", "runtime": model.name}
-    if reference is not None:
-        names |= {"reference": f"{reference.path}", "reference_runtime": reference.name}
-    if json:
-        print_json({**names, "complete": not stopped, **found.to_json()})
-    else:
-        _print(names, found, total)
+    if found is not None:
+        names = {"model": f"{model.path}", "runtime": model.name}
+        if reference is not None:
+            names |= {"reference": f"{reference.path}", "reference_runtime": reference.name}
+        if json:
+            print_json({**names, "complete": not stopped, **found.to_json()})
+        else:
+            _print(names, found, total)
     if stopped:
         raise typer.Exit(130)
 

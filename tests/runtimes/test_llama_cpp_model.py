@@ -14,7 +14,7 @@ from torch import Tensor
 from gdn2_edge.bench import bench
 from gdn2_edge.convert import convert_checkpoint
 from gdn2_edge.errors import BackendError, CheckpointError, SessionError
-from gdn2_edge.evaluate import evaluate, read_documents, token_ids
+from gdn2_edge.evaluate import evaluate, read_documents, read_ids
 from gdn2_edge.export.gguf import export_gguf
 from gdn2_edge.generate.session import Session
 from gdn2_edge.generate.text import open_text
@@ -88,8 +88,7 @@ def test_logits_of_every_token(golden: tuple[Path, Tensor, Tensor]) -> None:
 @pytest.mark.parametrize(("type", "own"), [("q8_0", "int8"), ("q5_0", "int4"), ("q4_0", "int4"), ("q4_k_m", "int4")])
 def test_types_lose_what_our_own_formats_lose(type: str, own: str, tmp_path: Path) -> None:
     source = model_path("tiny")
-    exact, text = load(source, "cpu"), open_text(source)
-    ids = [token_ids(chat, text)[:200] for chat in read_documents(CHATS)[:5]]
+    exact, ids = load(source, "cpu"), read_ids(open_text(source), read_documents(CHATS)[:5], 200)
     export_gguf(source, tmp_path / "x.gguf", type)
     quantize_checkpoint(source, tmp_path / "own", Recipe(format=own))
     divergences = []
