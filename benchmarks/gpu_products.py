@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_products.py [--formats int8 int4] [--rows 1 16 64 128] [--tune] [--record]
 
-The shapes are those of one step of the 1.3B model. Correctness first: every format and number of rows against fp64.
-Then each product is launched over so many copies of its weight that none is left in the L2, in one CUDA graph. The last
-column is a step's products together: 18 layers and the head. --tune times other tiles than those of `gemm.TILES`, which
-are compiled by all cores first.
+The shapes are those of one step of the 1.3B model, with what a step asks of each: norms, residuals, SwiGLU. Correctness
+first: every format and number of rows against fp64. Then each product is launched over so many copies of its weight
+that none is left in the L2, in one CUDA graph. The last column is a step's products together: 18 layers and the head.
+--tune times other tiles than those of `gemm.TILES`, which are compiled by all cores first.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from triton.runtime.errors import OutOfResources
 
 from gdn2_edge.bench.machine import read_rate
 from gdn2_edge.kernels.triton import gemm
-from gdn2_edge.kernels.triton.gemm import Scratch, Tile, product, product_scratch
+from gdn2_edge.kernels.triton.gemm import Next, Norm, Scratch, Tile, product, product_scratch
 from gdn2_edge.weights import Dense, Fp8, Int4, Int8, Weight, num_bytes
 
 SHAPES = {"in_proj": (10496, 2304), "o_proj": (2304, 2048), "w12": (12416, 2304), "w3": (2304, 6208)}
 HEAD = (32000, 2304)
+HIDDEN = 2304
 LAYERS = 18
 FORMATS = ("bf16", "int8", "fp8", "int4")  # int4 in groups of 64, as the recipes make it
 COPIES_BYTES = 256 << 20  # several times the largest L2
 LAUNCHES, REPLAYS = 20, 15
-TUNED_PROGRAMS = (160, 280)
+TUNED_PROGRAMS = (132, 264)
 TOLERANCE = 1e-4  # of sum |x w|: cuts of fp32 sums of up to 6208 terms in tensor cores
 
 
@@ -109,9 +110,9 @@ def worst_error(format: str, rows: int, pdl: bool) -> float:
 def measure(format: str, rows: int, scratch: Scratch, pdl: bool) -> tuple[list[float], list[int]]:
     """Seconds and bytes of the weight, of one product with each shape."""
     times, sizes = [], []
-    for N, K in (*SHAPES.values(), HEAD):
-        weights = copies_of(format, N, K)
-        times.append(time_products(weights, rows, scratch, pdl))
+    for name, shape in (SHAPES | {"head": HEAD}).items():
+        weights = copies_of(format, *shape)
+        times.append(time_products(name, weights, rows, scratch, pdl))
         sizes.append(num_bytes(weights[0]))
         del weights
     return times, sizes
@@ -123,15 +124,24 @@ def copies_of(format: str, N: int, K: int) -> list[Weight]:
     return [first, *(make(format, N, K) for _ in range(max(LAUNCHES, COPIES_BYTES // num_bytes(first)) - 1))]
 
 
-def time_products(weights: list[Weight], rows: int, scratch: Scratch, pdl: bool) -> float:
+def time_products(name: str, weights: list[Weight], rows: int, scratch: Scratch, pdl: bool) -> float:
     """Seconds of a product with one of the weights, when all of them follow each other."""
     N, K = weights[0].shape
     x = torch.randn(rows, K, dtype=torch.bfloat16, device="cuda")
-    out = torch.empty(rows, N, device="cuda")
+    is_glu, adds = name == "w12", name in ("o_proj", "w3")
+    out = torch.zeros(rows, N // 2 if is_glu else N, device="cuda", dtype=torch.bfloat16 if is_glu else torch.float32)
+    tiles = gemm.num_tiles(x, weights[0])
+    then = Next(torch.ones(N, device="cuda"), torch.empty_like(out, dtype=x.dtype), torch.empty(rows, tiles).cuda())
+    options = {
+        "glu": is_glu,
+        "residual": out if adds else None,
+        "norm": None if adds else Norm(torch.ones(rows, HIDDEN // 128, device="cuda"), 1e-6),
+        "then": then if adds else None,
+    }
 
     def run() -> None:
         for weight in weights:
-            product(x, weight, out, scratch=scratch, pdl=pdl)
+            product(x, weight, out, **options, scratch=scratch, pdl=pdl)
 
     return graph_seconds(run) / len(weights)
 
@@ -164,21 +174,21 @@ def graph_seconds(run: Callable[[], None]) -> float:
 
 
 def candidates(format: str, block_m: int) -> Iterator[tuple[Tile, int]]:
-    """Tiles with as many stages as 96 KB hold, up to 6, and the number of programs up to which K is split."""
-    shapes = [(64, 64, 4), (64, 128, 4), (128, 128, 8)] if block_m <= 32 else [(128, 128, 8), (256, 64, 8)]
-    for (block_n, block_k, num_warps), programs in itertools.product(
-        [*shapes, (128, 64, 4), (128, 64, 8)], TUNED_PROGRAMS
-    ):
+    """Tiles with as many stages as 96 KB hold, up to 6, and numbers of programs that share the work."""
+    for tile in itertools.product((64, 128, 256), (64, 128), (4, 8)):
+        block_n, block_k, num_warps = tile
         weight_bytes = block_n * block_k * {"bf16": 16, "int4": 4}.get(format, 8) // 8
         stages = min(6, (96 << 10) // (weight_bytes + 2 * block_m * block_k))
-        if stages >= 3:
-            yield Tile(block_n, block_k, num_warps, stages), programs
+        sums = block_n * block_m // (32 * num_warps)  # of a thread
+        if stages >= 3 and sums <= 64 and block_n >= 16 * num_warps:
+            yield from ((Tile(*tile, stages), programs) for programs in TUNED_PROGRAMS)
 
 
 def tuning_scratch() -> Scratch:
     """For as many programs as candidates have."""
     most = max(TUNED_PROGRAMS)
-    return Scratch(torch.empty(most * 256 * 128, device="cuda"), torch.zeros(most, dtype=torch.int32, device="cuda"))
+    counts = torch.zeros(most, dtype=torch.int32, device="cuda")
+    return Scratch(torch.empty(most * 256 * 128, device="cuda"), counts)
 
 
 def try_tile(candidate: tuple[str, int, Tile, int], weights: list[list[Weight]], pdl: bool) -> list[float] | None:
@@ -186,8 +196,9 @@ def try_tile(candidate: tuple[str, int, Tile, int], weights: list[list[Weight]],
     format, rows, tile, programs = candidate
     gemm.TILES[format][block_m_of(rows)], gemm.MAX_PROGRAMS = tile, programs
     scratch = tuning_scratch()
+    names = (*SHAPES, "head")
     try:
-        return [time_products(copies, rows, scratch, pdl) for copies in weights]
+        return [time_products(name, copies, rows, scratch, pdl) for name, copies in zip(names, weights, strict=True)]
     except OutOfResources:
         return None
 
@@ -224,6 +235,9 @@ def tune(formats: list[str], all_rows: list[int], pdl: bool) -> None:
             print(f"{format} M={rows}: step in ms, tile, programs, microseconds of each shape")
             for step, tile, programs, times in found[:5]:
                 print(f"  {step * 1e3:.3f}", tuple(tile), programs, *(f"{t * 1e6:.1f}" for t in times), flush=True)
+            for i, name in enumerate((*SHAPES, "head")):
+                best = sorted((times[i], tile, programs) for _, tile, programs, times in found)[:3]
+                print(f"  {name}:", *(f"{t * 1e6:.1f} {tuple(tile)} {programs};" for t, tile, programs in best))
         del weights
 
 

@@ -36,6 +36,7 @@ PIECE_TOKENS = 4096
 # launching is no longer what a prompt waits for.
 CAPTURED_TOKENS = (16, 32, 64, 128, 256, 512)
 LAUNCHED_MIN_TOKENS = 2048
+STEPS_IN_FLIGHT = 3  # whose tokens are kept; two run
 NOT_FINITE = "The model's logits are not finite: its weights are damaged or hold NaN."
 
 
@@ -81,8 +82,9 @@ class Decoder:
         self.control = torch.zeros(6, batch, dtype=torch.int64, pin_memory=is_gpu)
         self.options = torch.zeros(batch, sample.COLUMNS, dtype=torch.int64, pin_memory=is_gpu)
         self.recent = torch.full((batch, sample.MAX_WINDOW), -1, dtype=torch.int64, pin_memory=is_gpu)
-        self.tokens = [torch.zeros(batch, dtype=torch.int64, pin_memory=is_gpu) for _ in range(3)]
-        self.events = [torch.cuda.Event() if is_gpu else None for _ in range(3)]
+        # The GPU writes here itself: a copy between two graphs would keep the second one waiting.
+        self.chosen = self.step.chosen = torch.zeros(STEPS_IN_FLIGHT, batch, dtype=torch.int64, pin_memory=is_gpu)
+        self.events = [torch.cuda.Event() if is_gpu else None for _ in range(STEPS_IN_FLIGHT)]
         layout = self.step.layout
         self.scratch_block = torch.zeros(3, layout.block_floats, device=base.device)
         self.scratch_ring = torch.zeros(layout.ring_floats, device=base.device)
@@ -132,19 +134,17 @@ class Decoder:
     def run(self, choose: bool) -> int:
         """Start a step; the number under which `wait` finds its tokens."""
         self._graph(choose)()
-        number = self.count % len(self.tokens)
+        number = self.count % STEPS_IN_FLIGHT
         self.count += 1
-        if choose:
-            self.tokens[number].copy_(self.step.token, non_blocking=True)
         if event := self.events[number]:
             event.record()
         return number
 
-    def wait(self, number: int) -> Tensor:
-        """The tokens that a step chose, on the CPU."""
+    def wait(self, number: int, position: Tensor) -> Tensor:
+        """The tokens that a step chose, on the CPU; position [B] after the step."""
         if event := self.events[number]:
             event.synchronize()
-        return self.tokens[number].clone()
+        return self.chosen.gather(0, position[None, :] % STEPS_IN_FLIGHT)[0]
 
     def _synchronize(self) -> None:
         if self.base.is_cuda:
@@ -216,6 +216,12 @@ class TritonModel(Model):
         self._prompts: PromptStep | None = None
 
     @torch.inference_mode()
+    def initial_state(self, batch: int = 1) -> BlockState:
+        block = torch.zeros(batch, self.layout.block_floats, device=self.device)
+        ring = torch.zeros(batch, self.layout.ring_floats, device=self.device)
+        return BlockState(self.layout, torch.zeros(batch, dtype=torch.int64), block, ring)
+
+    @torch.inference_mode()
     def step(self, token: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
         self._checked(token[:, None], state)
         B = token.shape[0]
@@ -249,7 +255,7 @@ class TritonModel(Model):
         after = self._state(now.position + 1, target, now.ring)
         number_ahead = decoder.run(choose=True)
         try:
-            chosen = decoder.wait(number)[:B]
+            chosen = decoder.wait(number, now.position + 1)
             if bool((chosen < 0).any()):
                 raise BackendError(NOT_FINITE)
         except BaseException:
@@ -262,7 +268,7 @@ class TritonModel(Model):
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, state: State[Tensor] | None = None) -> tuple[Tensor, State[Tensor]]:
-        return super().forward(tokens, state if state is None else self._functional(state))
+        return super().forward(tokens, self._functional(state or self.initial_state(tokens.shape[0])))
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:
@@ -327,10 +333,8 @@ class TritonModel(Model):
         """The state in one block a sequence."""
         if isinstance(state, BlockState):
             return state
-        B = state.position.shape[0]
-        block = torch.zeros(B, self.layout.block_floats, device=self.device)
-        ring = torch.zeros(B, self.layout.ring_floats, device=self.device)
-        at_rest = self._state(state.position.cpu(), block, ring)
+        made = self.initial_state(state.position.shape[0])
+        at_rest = self._state(state.position.cpu(), made.block, made.ring)
         for to, source in zip(at_rest.layers, state.layers, strict=True):
             for name, view in vars(to).items():
                 view.copy_(getattr(source, name))

@@ -18,6 +18,7 @@ from gdn2_edge.kernels.triton import attention, batch_recurrence, gemm, launch, 
 from gdn2_edge.kernels.triton.activation import BOTH_FORMS, Activation, Forms, make_activation
 from gdn2_edge.kernels.triton.gemv import gemv, num_programs, split_for
 from gdn2_edge.kernels.triton.launch import Gpu, cdiv, gpu_of, next_power_of_2, pdl_options, register_options
+from gdn2_edge.kernels.triton.low_rank import low_rank_pair
 from gdn2_edge.kernels.triton.stored import WEIGHTS_PER_WORD, stored
 from gdn2_edge.ops import AttentionLayer, Gdn2Layer, Layer, ModelWeights
 from gdn2_edge.spec import ModelSpec
@@ -121,7 +122,8 @@ class DecodeStep:
             from `base` in units of 16 floats; they change places at the end of a step.
         ring: int64 [B], the same for the rings.
         options, recent: of the sampling, see `kernels.triton.sample`.
-    And `logits` fp32 [B, V], which the step writes; with `choose` it also replaces `token` by the next one.
+    And `logits` fp32 [B, V], which the step writes; with `choose` it also replaces `token` by the next one and leaves
+    it in `chosen` int64 [R, B], where that is set: row position % R of the position after this step.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class DecodeStep:
         self.token, self.position, self.source, self.target, self.spare, self.ring = self.control
         self.options = integers(batch, sample.COLUMNS)
         self.recent = torch.full((batch, sample.MAX_WINDOW), -1, dtype=torch.int64, device=device)
+        self.chosen: Tensor | None = None
         self.logits = floats(batch, spec.vocab_size)
         self.sample_scratch = sample.make_scratch(batch, spec.vocab_size, device)
 
@@ -189,7 +192,6 @@ class DecodeStep:
             self.h = floats(batch, hidden, dtype=half)
             self.h_mixed = floats(batch, max(spec.value_dim, spec.q_heads * spec.attention_head_dim), dtype=half)
             self.h_glu = floats(batch, ff, dtype=half)
-            self.glu = floats(batch, 2 * ff)
             self.product_scratch = gemm.product_scratch(device)
             # Of what h holds from the embedding on: a norm before each mixer, each MLP and the head.
             parts = [cdiv(hidden, EMBED_BLOCK)]
@@ -207,13 +209,14 @@ class DecodeStep:
             self._gemv(self.inputs[-1], self.weights.lm_head, "rms", "store", y=self.logits[0])
         else:
             self._product(self.h, self.weights.lm_head, self.logits, norm=self.norms[-1])
-        block = next_power_of_2(self.batch)
-        self._run(
-            rows.advance_kernel, (1,), self.position, self.source, self.target, self.spare, self.batch, BLOCK=block
-        )
+        tables = sample.Tables(self.source, self.target, self.spare)
         if choose:
-            logits, scratch = self.logits, self.sample_scratch
-            sample.sample(logits, self.position, self.options, self.recent, self.token, scratch, pdl=self.gpu.pdl)
+            sample.sample(
+                self.logits, self.position, self.options, self.recent, self.token, self.sample_scratch,
+                chosen=self.chosen, tables=tables, pdl=self.gpu.pdl,
+            )  # fmt: skip
+        else:
+            self._run(rows.advance_kernel, (self.batch,), self.position, *tables, num_warps=1)
 
     def take_back(self, ring: Tensor, position: Tensor) -> None:
         """Undo what the last step wrote into the rings [B, ring_floats], being at position [B], on the CPU."""
@@ -284,9 +287,7 @@ class DecodeStep:
         h_mixed = self._mix_rows(i, layer)
         then = gemm.Next(mlp_norm, self.h, between.squares)
         self._product(h_mixed, layer.o_proj, self.x, residual=self.x, then=then)
-        self._product(self.h, layer.mlp.w12, self.glu, norm=between)
-        ff = self.spec.intermediate_size
-        self._run(rows.glu_rows_kernel, (self.batch, cdiv(ff, 512)), self.glu, self.h_glu, F=ff, BLOCK=512)
+        self._product(self.h, layer.mlp.w12, self.h_glu, glu=True, norm=between)
         then = gemm.Next(next_norm_values, self.h, after.squares)
         self._product(self.h_glu, layer.mlp.w3, self.x, residual=self.x, then=then)
 
@@ -380,9 +381,8 @@ class DecodeStep:
             self._head_rows(self._attend(i, layer, Forms(True, False), split=1), rows_out, heads=1, norm=False)
             return rows_out
         y, heads, K, V = self._y(layer), spec.num_v_heads, spec.head_k_dim, spec.head_v_dim
-        ranks = 2 * (spec.key_dim + spec.value_dim) + spec.key_dim
-        self._product(y[:, ranks : ranks + V], layer.f_proj, self.f)
-        self._product(y[:, ranks + V :], layer.g_proj, self.g)
+        ranks = 3 * spec.key_dim + 2 * spec.value_dim  # where the inputs of the gates' second matrices begin
+        low_rank_pair(y[:, ranks:], layer.f_proj, layer.g_proj, self.f, self.g, pdl=self.gpu.pdl)
         self._run(
             batch_recurrence.vectors_kernel,
             (heads, self.batch),
@@ -486,12 +486,14 @@ class DecodeStep:
         x: Tensor,
         weight: Weight,
         out: Tensor,
+        *,
+        glu: bool = False,
         residual: Tensor | None = None,
         norm: gemm.Norm | None = None,
         then: gemm.Next | None = None,
     ) -> None:
         scratch, pdl = self.product_scratch, self.gpu.pdl
-        gemm.product(x, weight, out, residual=residual, norm=norm, then=then, scratch=scratch, pdl=pdl)
+        gemm.product(x, weight, out, glu=glu, residual=residual, norm=norm, then=then, scratch=scratch, pdl=pdl)
 
     def _run(self, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any) -> None:
         kernel[grid](*args, **constants, PDL=self.gpu.pdl, num_warps=num_warps, **pdl_options(self.gpu.pdl))

@@ -29,8 +29,6 @@ from gdn2_edge.weights import Dense, Fp8, Weight
 
 # Up to so many tokens a product reads the stored weights; beyond, they are expanded once and multiplied by cuBLAS.
 FEW_ROWS = 128
-# With so few inputs a weight is small beside what it is multiplied with, and is always read as it is stored.
-FEW_INPUTS = 256
 # From so many tokens on the chunked form of the recurrence is taken.
 CHUNK_MIN_TOKENS = 64
 GLU_BLOCK, GLU_WARPS = 1024, 4
@@ -113,11 +111,10 @@ class TritonOps(TorchOps):
     ) -> tuple[Tensor, Gdn2State[Tensor]]:
         """The mixer, [B, T, hidden] -> [B T, hidden]."""
         B, T, _ = h.shape
-        rank = spec.head_v_dim
         y = self._product(h.flatten(0, 1), layer.in_proj)
         prepared = prepare(
             y.view(B, T, -1),
-            self._product(y[:, -2 * rank : -rank], layer.f_proj).view(B, T, -1),
+            layer.f_proj,
             state.conv,
             layer.conv.rows(slice(None)),
             layer.A_log.rows(slice(None)),
@@ -129,15 +126,18 @@ class TritonOps(TorchOps):
             pdl=self.pdl,
         )
         o, S = self.gated_delta_rule2(*prepared[:-1], state.S)
-        gate = self._product(y[:, -rank:], layer.g_proj)
         bias, gain = layer.g_bias.rows(slice(None)), layer.o_norm.rows(slice(None))
-        o = gated_norm(o, gate, bias, gain, spec.norm_eps, spec.output_gate, pdl=self.pdl)
+        x = y[:, -layer.g_proj.shape[1] :]
+        o = gated_norm(o, x, layer.g_proj, bias, gain, spec.norm_eps, spec.output_gate, pdl=self.pdl)
         return self._product(o, layer.o_proj), Gdn2State(prepared.tail, S)
 
     def _mlp(self, mlp: Mlp, h: Tensor) -> Tensor:
-        y = self._product(h, mlp.w12)
-        M, ff = y.shape[0], y.shape[1] // 2
+        M, ff = h.shape[0], mlp.w3.shape[1]
         out = torch.empty(M, ff, dtype=self.dtype, device=h.device)
+        if M <= FEW_ROWS and not self._is_plain(mlp.w12):
+            gemm.product(h, mlp.w12, out, glu=True, scratch=self._scratch, pdl=self.pdl)
+            return self._product(out, mlp.w3)
+        y = self._product(h, mlp.w12)
         rows.glu_rows_kernel[M, cdiv(ff, GLU_BLOCK)](
             y, out, F=ff, BLOCK=GLU_BLOCK, PDL=self.pdl, num_warps=GLU_WARPS, **pdl_options(self.pdl)
         )
@@ -176,7 +176,7 @@ class TritonOps(TorchOps):
         """x [M, K] of the activations' dtype -> x W^T [M, N]."""
         if isinstance(weight, Dense) and self._is_plain(weight):
             return F.linear(x, weight.data)
-        if x.shape[0] <= FEW_ROWS or x.shape[1] <= FEW_INPUTS:
+        if x.shape[0] <= FEW_ROWS:
             out = torch.empty(x.shape[0], weight.shape[0], dtype=self.dtype, device=x.device)
             gemm.product(x, weight, out, scratch=self._scratch, pdl=self.pdl)
             return out

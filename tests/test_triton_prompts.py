@@ -116,7 +116,6 @@ def test_layers_against_the_verbs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(triton_prompts, "FEW_ROWS", 16)
-    monkeypatch.setattr(triton_prompts, "FEW_INPUTS", 0)
     model = random_model(tmp_path, fields, format, dtype, device)
     position = torch.full((batch,), 11, device=device)
     state = initial_state(model.spec, batch, device)

@@ -43,9 +43,9 @@ SPLIT_X_TILE = Tile(64, 32, 4, 3)  # x and its three bf16 parts lie in shared me
 IEEE_BLOCK_M, IEEE_TILE = 16, Tile(32, 16, 4, 2)  # fp32 by fp32, without tensor cores
 AMD_MAX_BLOCK_M, AMD_TILE = 64, Tile(64, 64, 8, 2)  # 64 KB of shared memory, and no spilled registers
 
-# K is cut in up to MAX_SPLITS parts: while there are not more programs than this, about one for each SM of a large GPU,
-# and each part has MIN_STEPS of BLOCK_K.
-MAX_PROGRAMS = 132
+# K is cut in up to MAX_SPLITS parts: while there are not more programs than this, two for each SM of a large GPU, and
+# each part has MIN_STEPS of BLOCK_K.
+MAX_PROGRAMS = 264
 MAX_SPLITS = 8
 MIN_STEPS = 8
 # Bytes of each row of a program's weights that are fetched into the L2 while the kernel before still runs.
@@ -75,7 +75,7 @@ class Next(NamedTuple):
 
 
 def product_scratch(device: torch.device) -> Scratch:
-    """About 10 MB; `counts` are zero between products."""
+    """About 17 MB; `counts` are zero between products."""
     largest = max(tile.block_n * block_m for tiles in TILES.values() for block_m, tile in tiles.items())
     return Scratch(
         torch.empty(MAX_PROGRAMS * largest, dtype=torch.float32, device=device),
@@ -162,6 +162,7 @@ def product_kernel(
     GROUP: tl.constexpr,
     SPLIT_X: tl.constexpr,
     IEEE: tl.constexpr,
+    GLU: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     NORM_PARTS: tl.constexpr,
     HAS_NEXT: tl.constexpr,
@@ -173,11 +174,12 @@ def product_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out[M, N] = x W^T * scale + residual; grid (rows / BLOCK_M, N / BLOCK_N, SPLITS). See `Norm` and `Next`.
+    """out[M, N] = x W^T * scale + residual; grid (rows / BLOCK_M, tiles of W, SPLITS). See `Norm` and `Next`.
 
-    p_weight points to pairs of codes (see `codes`) or to dense values. GROUP weights of a row share a scale; it is
-    0 where all do. Of the programs of one tile each leaves its fp32 sum in p_partials and counts itself in p_counts,
-    and the one that comes last adds the sums in the order of K.
+    GLU: W has 2 N rows, and out = silu(x W1^T) * (x W2^T), W2 below W1; a tile has as many rows of each. p_weight
+    points to pairs of codes (see `codes`) or to dense values. GROUP weights of a row share a scale; it is 0 where all
+    do. Of the programs of one tile each leaves its fp32 sum in p_partials and counts itself in p_counts, and the one
+    that comes last adds the sums in the order of K.
     """
     K = k_units * K_UNIT  # a product, so that the compiler knows how rows are aligned
     CODED: tl.constexpr = FORMAT == "int4" or FORMAT == "int8" or FORMAT == "fp8"
@@ -185,26 +187,29 @@ def product_kernel(
     ELEMENT_BYTES: tl.constexpr = p_weight.dtype.element_ty.primitive_bitwidth // 8
     PART_K: tl.constexpr = min(BLOCK_K, GROUP) if GROUP > 0 else BLOCK_K  # what one dot takes
     PARTS: tl.constexpr = BLOCK_K // PART_K
+    OUT_N: tl.constexpr = BLOCK_N // 2 if GLU else BLOCK_N
     row_elements = k_units * (K_UNIT // PER_ELEMENT)
     i_m, i_n, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     steps = tl.cdiv(K, BLOCK_K)
     first, last = i_s * steps // SPLITS, (i_s + 1) * steps // SPLITS
 
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_n = i_n * OUT_N + tl.arange(0, OUT_N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_e = tl.arange(0, PART_K // PER_ELEMENT)
     o_k = tl.arange(0, PART_K)
-    safe_n = tl.where(o_n < N, o_n, 0)
-    p_row = p_weight + safe_n.to(tl.int64) * row_elements
+    row = tl.where(o_n < N, o_n, 0)
+    if GLU:
+        row = (row[None, :] + tl.arange(0, 2)[:, None] * N).reshape(BLOCK_N)
+    p_row = p_weight + row.to(tl.int64) * row_elements
     start = first * (BLOCK_K // PER_ELEMENT)
     if PDL and PREFETCH_BYTES > 0 and K_UNIT // PER_ELEMENT * ELEMENT_BYTES % 16 == 0:
         num_bytes = (tl.minimum(last * (BLOCK_K // PER_ELEMENT), row_elements) - start) * ELEMENT_BYTES
         prefetch_rows(p_row + start, tl.minimum(num_bytes, PREFETCH_BYTES))
     if GROUP > 0:
-        p_group = p_scale + safe_n * (K // GROUP)
+        p_group = p_scale + row * (K // GROUP)
         scale = tl.load(p_group + first * BLOCK_K // GROUP)
     elif CODED:
-        scale = tl.load(p_scale + safe_n)
+        scale = tl.load(p_scale + row)
     wait_for_previous(PDL)
     let_next_start(PDL)
 
@@ -254,17 +259,22 @@ def product_kernel(
             acc *= scale[:, None]
         if NORM_PARTS > 0:
             acc *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[None, :]
+        if GLU:
+            gate, up = tl.permute(acc.reshape(2, OUT_N, BLOCK_M), (1, 2, 0)).split()
+            y = gate / (1.0 + tl.exp(-gate)) * up
+        else:
+            y = acc
         is_inside = (o_m < M)[None, :] & (o_n < N)[:, None]
         if HAS_RESIDUAL:
             p_r = p_residual + o_m[None, :] * residual_stride + o_n[:, None]
-            acc += tl.load(p_r, mask=is_inside, other=0.0).to(tl.float32)
-        tl.store(p_out + o_m[None, :] * out_stride + o_n[:, None], acc.to(p_out.dtype.element_ty), mask=is_inside)
+            y += tl.load(p_r, mask=is_inside, other=0.0).to(tl.float32)
+        tl.store(p_out + o_m[None, :] * out_stride + o_n[:, None], y.to(p_out.dtype.element_ty), mask=is_inside)
         if HAS_NEXT:
-            acc = tl.where(is_inside, acc, 0.0)
-            tl.store(p_next_squares + o_m * tl.num_programs(1) + i_n, tl.sum(acc * acc, 0), mask=o_m < M)
-            acc *= tl.load(p_gain + o_n, mask=o_n < N, other=0.0)[:, None]
+            y = tl.where(is_inside, y, 0.0)
+            tl.store(p_next_squares + o_m * tl.num_programs(1) + i_n, tl.sum(y * y, 0), mask=o_m < M)
+            y *= tl.load(p_gain + o_n, mask=o_n < N, other=0.0)[:, None]
             o_next = o_m[None, :] * N + o_n[:, None]
-            tl.store(p_next_rows + o_next, acc.to(p_next_rows.dtype.element_ty), mask=is_inside)
+            tl.store(p_next_rows + o_next, y.to(p_next_rows.dtype.element_ty), mask=is_inside)
 
 
 def num_tiles(x: Tensor, weight: Weight) -> int:
@@ -272,23 +282,40 @@ def num_tiles(x: Tensor, weight: Weight) -> int:
     return triton.cdiv(weight.shape[0], _plan(x, weight).tile.block_n)
 
 
-class _Plan(NamedTuple):
-    block_m: int
-    tile: Tile
+class Arithmetic(NamedTuple):
+    """How inputs meet weights; constants of `multiply` and `pair_values`."""
+
     splits_x: bool
     ieee: bool
+    ptx: bool
 
 
-def _plan(x: Tensor, weight: Weight) -> _Plan:
+def arithmetic(x: Tensor, weight: Weight) -> Arithmetic:
+    """For inputs of x's dtype on its device."""
     format, codes, scale, _ = stored(weight)
     is_direct = x.dtype == codes.dtype if scale is None else x.dtype != torch.float32
     splits_x = not is_direct and (scale is not None or format == "bf16")
+    is_bf16 = splits_x or x.dtype == torch.bfloat16
     ieee = format == "fp32" or not (is_direct or splits_x)
+    return Arithmetic(splits_x, ieee, x.is_cuda and torch.version.hip is None and is_bf16)
+
+
+class _Plan(NamedTuple):
+    block_m: int
+    tile: Tile
+    arithmetic: Arithmetic
+
+
+def _plan(x: Tensor, weight: Weight) -> _Plan:
+    how = arithmetic(x, weight)
     is_amd = torch.version.hip is not None
-    largest = IEEE_BLOCK_M if ieee else AMD_MAX_BLOCK_M if is_amd else MAX_BLOCK_M
+    largest = IEEE_BLOCK_M if how.ieee else AMD_MAX_BLOCK_M if is_amd else MAX_BLOCK_M
     block_m = min(largest, max(16, triton.next_power_of_2(x.shape[0])))
-    tile = IEEE_TILE if ieee else AMD_TILE if is_amd else SPLIT_X_TILE if splits_x else TILES[format][block_m]
-    return _Plan(block_m, tile, splits_x, ieee)
+    if how.ieee or how.splits_x or is_amd:
+        tile = IEEE_TILE if how.ieee else AMD_TILE if is_amd else SPLIT_X_TILE
+    else:
+        tile = TILES[stored(weight)[0]][block_m]
+    return _Plan(block_m, tile, how)
 
 
 def product(
@@ -296,6 +323,7 @@ def product(
     weight: Weight,
     out: Tensor,
     *,
+    glu: bool = False,
     residual: Tensor | None = None,
     norm: Norm | None = None,
     then: Next | None = None,
@@ -308,6 +336,7 @@ def product(
         x: [M, K], bf16, fp16 or fp32, rows contiguous. fp32 is not rounded.
         weight: [N, K] in any layout, K a multiple of 8.
         out: [M, N], fp32 or bf16.
+        glu: out [M, N / 2] = silu(x W1^T) * (x W2^T) instead, W2 below W1 in one layout.
         residual: [M, N], fp32 or bf16; may be `out` itself.
         norm: multiplies the product, before the residual.
         then: also written.
@@ -322,11 +351,10 @@ def product(
             product(x, part, out[:, columns], residual=rest, norm=norm, scratch=scratch, pdl=pdl)
             start += part.shape[0]
         return
-    (M, K), N = x.shape, weight.shape[0]
+    (M, K), N = x.shape, weight.shape[0] // (2 if glu else 1)
     format, codes, scale, group = stored(weight)
-    block_m, tile, splits_x, ieee = _plan(x, weight)
-    is_amd = torch.version.hip is not None
-    grid = (triton.cdiv(M, block_m), triton.cdiv(N, tile.block_n))
+    block_m, tile, how = _plan(x, weight)
+    grid = (triton.cdiv(M, block_m), triton.cdiv(N, tile.block_n // (2 if glu else 1)))
     splits = 1 if scratch is None else splits_of(grid[0] * grid[1], triton.cdiv(K, tile.block_k))
     k_unit = next(unit for unit in (32, 16, 8) if K % unit == 0)
     product_kernel[(*grid, splits)](
@@ -350,14 +378,15 @@ def product(
         K_UNIT=k_unit,
         FORMAT=format,
         GROUP=group,
-        SPLIT_X=splits_x,
-        IEEE=ieee or not x.is_cuda,  # the interpreter multiplies no bf16
+        SPLIT_X=how.splits_x,
+        IEEE=how.ieee or not x.is_cuda,  # the interpreter multiplies no bf16
+        GLU=glu,
         HAS_RESIDUAL=residual is not None,
         NORM_PARTS=triton.next_power_of_2(norm.squares.shape[1]) if norm else 0,
         HAS_NEXT=then is not None,
         SPLITS=splits,
         EVEN_K=K % tile.block_k == 0,
-        PTX=x.is_cuda and not is_amd and (splits_x or x.dtype == torch.bfloat16),
+        PTX=how.ptx,
         BLOCK_M=block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,

@@ -1,7 +1,8 @@
 """What stands before and after the gated delta rule in a prompt, each in one pass over memory.
 
-`prepare` makes of the results of a mixer's projections what `chunk` and `fused_recurrent` take: convolution, norms and
-gates. `gated_norm` makes of their outputs what the last projection reads. Arithmetic is fp32.
+`prepare` makes of the results of a mixer's projection what `chunk` and `fused_recurrent` take: convolution, norms and
+gates. `gated_norm` makes of their outputs what the last projection reads. Arithmetic is fp32, that of the gates' second
+matrices too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn2_edge.kernels.triton.launch import let_next_start, pdl_options, wait_for_previous
+from gdn2_edge.kernels.triton.low_rank import LowRank, load_low_rank, low_rank
 from gdn2_edge.kernels.triton.mixer import sigmoid, silu, softplus
+from gdn2_edge.weights import Weight
 
 # Tokens a program takes of one head: 16 values a thread for 128 channels.
 BLOCK_T = 16
@@ -69,7 +72,8 @@ def _l2_norm(x):
 @triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
     p_y,
-    p_f,
+    p_f,  # see `LowRank`
+    p_f_scale,
     p_tail,
     p_conv,
     p_A_log,
@@ -91,6 +95,12 @@ def prepare_kernel(
     K_2: tl.constexpr,
     V_2: tl.constexpr,
     CONV: tl.constexpr,
+    F_RANK: tl.constexpr,
+    F_FORMAT: tl.constexpr,
+    F_GROUP: tl.constexpr,
+    F_SPLIT_X: tl.constexpr,
+    F_IEEE: tl.constexpr,
+    F_PTX: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -99,6 +109,7 @@ def prepare_kernel(
     KEYS: tl.constexpr = H * K
     VALUES: tl.constexpr = HV * V
     CHANNELS: tl.constexpr = 2 * KEYS + VALUES
+    RANKS: tl.constexpr = CHANNELS + KEYS + VALUES
     wait_for_previous(PDL)
     let_next_start(PDL)
     count = T
@@ -125,7 +136,10 @@ def prepare_kernel(
         tl.store(p_q + size + o_tk, tl.where(is_counted, k, 0.0).to(p_q.dtype.element_ty), mask_tk)
         b = tl.load(p_rows + CHANNELS + o_q[None, :], mask_tk, 0.0).to(tl.float32)
         tl.store(p_q + 2 * size + o_tk, (sigmoid(b, False) * erase_scale).to(p_q.dtype.element_ty), mask_tk)
-        f = tl.load(p_f + o_tk, mask_tk, 0.0).to(tl.float32) + tl.load(p_dt_bias + o_q, mask_k, 0.0)[None, :]
+        f_rows = load_low_rank(p_f, p_f_scale, o_q, mask_k, F_RANK, F_FORMAT, F_GROUP)
+        p_in = p_y + o_t.to(tl.int64) * y_stride + RANKS
+        f = tl.trans(low_rank(f_rows, p_in, o_t < T, F_RANK, F_FORMAT, F_GROUP, F_SPLIT_X, F_IEEE, F_PTX))
+        f += tl.load(p_dt_bias + o_q, mask_k, 0.0)[None, :]
         g = -tl.exp(tl.load(p_A_log + i_head)) * softplus(f)
         tl.store(p_g + o_tk, tl.where(is_counted, g, 0.0), mask_tk)
         if first == 0:
@@ -147,7 +161,7 @@ def prepare_kernel(
 
 def prepare(
     y: Tensor,
-    f: Tensor,
+    f_proj: Weight,
     tail: Tensor,
     conv: Tensor,
     A_log: Tensor,
@@ -162,8 +176,8 @@ def prepare(
     """What the gated delta rule takes of T tokens of B sequences.
 
     Args:
-        y: Projections [B, T, rows] of q, k, v, b and w in the first rows; fp32, bf16 or fp16.
-        f: Of the decay, before its bias [B, T, H K], of y's dtype.
+        y: Projections [B, T, rows] of q, k, v, b and w, then the inputs of f_proj; fp32, bf16 or fp16.
+        f_proj: The second matrix of the decay [H K, R].
         tail: Inputs of the convolution before the first token [B, 2 H K + HV V, CONV - 1], fp32, contiguous for
             each sequence; stays as it was.
         conv: Filters [2 H K + HV V, 1, CONV], fp32.
@@ -183,9 +197,11 @@ def prepare(
     v = torch.empty(B, T, HV, V, dtype=wide, device=y.device)
     w = torch.empty(B, T, HV, V, dtype=small, device=y.device)
     new_tail = torch.empty(tail.shape, dtype=torch.float32, device=y.device)
+    f = LowRank.of(f_proj, y)
     prepare_kernel[triton.cdiv(T, BLOCK_T), H + HV, B](
-        *(y, f, tail, conv, A_log, dt_bias, count, keys, g, v, w, new_tail, T, y.stride(1), tail.stride(0)),
-        float(erase_scale),
+        *(y, f.p_weight, f.p_scale, tail, conv, A_log, dt_bias, count, keys, g, v, w, new_tail),
+        *(T, y.stride(1), tail.stride(0), float(erase_scale)),
+        **f.constants("F_"),
         **{"H": H, "HV": HV, "K": K, "V": V, "CONV": conv.shape[-1], "BLOCK_T": BLOCK_T, "PDL": pdl},
         K_2=triton.next_power_of_2(K),
         V_2=triton.next_power_of_2(V),
@@ -198,15 +214,24 @@ def prepare(
 @triton.jit(do_not_specialize=["M"])
 def gated_norm_kernel(
     p_o,
-    p_gate,
+    p_in,
+    p_g,  # see `LowRank`
+    p_g_scale,
     p_bias,
     p_gain,
     p_out,
     M,
+    in_stride,
     eps,
     HV: tl.constexpr,
     V: tl.constexpr,
     V_2: tl.constexpr,
+    G_RANK: tl.constexpr,
+    G_FORMAT: tl.constexpr,
+    G_GROUP: tl.constexpr,
+    G_SPLIT_X: tl.constexpr,
+    G_IEEE: tl.constexpr,
+    G_PTX: tl.constexpr,
     GATE: tl.constexpr,  # "silu" or "sigmoid"
     BLOCK_T: tl.constexpr,
     PDL: tl.constexpr,
@@ -222,17 +247,23 @@ def gated_norm_kernel(
     o = o_m.to(tl.int64)[:, None] * (HV * V) + i_head * V + o_v[None, :]
     x = tl.load(p_o + o, mask, 0.0)
     x *= tl.rsqrt(tl.sum(x * x, 1) / V + eps)[:, None] * tl.load(p_gain + o_v, mask_v, 0.0)[None, :]
-    gate = tl.load(p_gate + o, mask, 0.0).to(tl.float32) + tl.load(p_bias + i_head * V + o_v, mask_v, 0.0)[None, :]
+    g_rows = load_low_rank(p_g, p_g_scale, i_head * V + o_v, mask_v, G_RANK, G_FORMAT, G_GROUP)
+    p_rows = p_in + o_m.to(tl.int64) * in_stride
+    gate = tl.trans(low_rank(g_rows, p_rows, o_m < M, G_RANK, G_FORMAT, G_GROUP, G_SPLIT_X, G_IEEE, G_PTX))
+    gate += tl.load(p_bias + i_head * V + o_v, mask_v, 0.0)[None, :]
     x *= sigmoid(gate, False) * (gate if GATE == "silu" else 1.0)
     tl.store(p_out + o, x.to(p_out.dtype.element_ty), mask)
 
 
-def gated_norm(o: Tensor, gate: Tensor, bias: Tensor, gain: Tensor, eps: float, kind: str, pdl: bool = False) -> Tensor:
-    """RMSNorm of each head of o, times silu or sigmoid of gate + bias, in gate's dtype.
+def gated_norm(
+    o: Tensor, x: Tensor, g_proj: Weight, bias: Tensor, gain: Tensor, eps: float, kind: str, pdl: bool = False
+) -> Tensor:
+    """RMSNorm of each head of o, times silu or sigmoid of g_proj x + bias: [B T, HV V] in x's dtype.
 
     Args:
         o: Outputs of the gated delta rule [B, T, HV, V], fp32.
-        gate: [B, T, HV V], fp32, bf16 or fp16.
+        x: Inputs of g_proj [B T, R], fp32, bf16 or fp16; rows may lie apart.
+        g_proj: The second matrix of the output gate [HV V, R].
         bias: [HV V], fp32.
         gain: Of the norm [V], fp32.
         eps: Of the norm.
@@ -240,9 +271,11 @@ def gated_norm(o: Tensor, gate: Tensor, bias: Tensor, gain: Tensor, eps: float, 
         pdl: As in `prepare`.
     """
     B, T, HV, V = o.shape
-    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    out = torch.empty(B * T, HV * V, dtype=x.dtype, device=x.device)
+    g = LowRank.of(g_proj, x)
     gated_norm_kernel[triton.cdiv(B * T, BLOCK_T), HV](
-        *(o, gate, bias, gain, out, B * T, eps),
+        *(o, x, g.p_weight, g.p_scale, bias, gain, out, B * T, x.stride(0), eps),
+        **g.constants("G_"),
         **{"HV": HV, "V": V, "V_2": triton.next_power_of_2(V), "GATE": kind, "BLOCK_T": BLOCK_T, "PDL": pdl},
         num_warps=NUM_WARPS,
         **pdl_options(pdl),

@@ -141,18 +141,18 @@ def glu_rows_kernel(p_y, p_out, F: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.co
 
 
 @triton.jit
-def advance_kernel(p_position, p_source, p_target, p_spare, B, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def advance(p_position, p_source, p_target, p_spare, i_b):
     """A token more is fed: what was just written is read next, and what was read is the last to be written over."""
+    tl.store(p_position + i_b, tl.load(p_position + i_b) + 1)
+    source, target, spare = tl.load(p_source + i_b), tl.load(p_target + i_b), tl.load(p_spare + i_b)
+    tl.store(p_source + i_b, target)
+    tl.store(p_target + i_b, spare)
+    tl.store(p_spare + i_b, source)
+
+
+@triton.jit
+def advance_kernel(p_position, p_source, p_target, p_spare, PDL: tl.constexpr):
+    """`advance` for each sequence; grid (B,)."""
     wait_for_previous(PDL)
     let_next_start(PDL)
-    o = tl.arange(0, BLOCK)
-    mask = o < B
-    tl.store(p_position + o, tl.load(p_position + o, mask, 0) + 1, mask)
-    source, target, spare = (
-        tl.load(p_source + o, mask, 0),
-        tl.load(p_target + o, mask, 0),
-        tl.load(p_spare + o, mask, 0),
-    )
-    tl.store(p_source + o, target, mask)
-    tl.store(p_target + o, spare, mask)
-    tl.store(p_spare + o, source, mask)
+    advance(p_position, p_source, p_target, p_spare, tl.program_id(0))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gdn2_edge.kernels.triton.draw import drawn_rank, uniform_number
 from gdn2_edge.kernels.triton.launch import let_next_start, pdl_options, wait_for_previous
+from gdn2_edge.kernels.triton.rows import advance
 
 MAX_TOP_K = 64
 MAX_WINDOW = 64
@@ -45,6 +46,14 @@ NO_ORDER = tl.constexpr(-(2**31))  # below -inf
 LOWEST, HIGHEST = tl.constexpr(-0x7F800001), tl.constexpr(0x7F800000)  # -inf and inf; NaN is above
 INDEX_MASK = tl.constexpr(0x7FFFFFFF)
 NOWHERE = tl.constexpr(2**20)  # a node after all others, with children after all others
+
+
+class Tables(NamedTuple):
+    """Which states a step of each sequence has read and written and the one that is free, int64 [B]."""
+
+    source: Tensor
+    target: Tensor
+    spare: Tensor
 
 
 class Scratch(NamedTuple):
@@ -100,6 +109,9 @@ def sample(
     recent: Tensor,
     token: Tensor,
     scratch: Scratch,
+    *,
+    chosen: Tensor | None = None,
+    tables: Tables | None = None,
     pdl: bool = False,
 ) -> None:
     """Choose a token for each sequence, into `token`, and append it to `recent`.
@@ -113,6 +125,9 @@ def sample(
         options: [B, COLUMNS] int64, see `write_options`.
         recent: [B, W] int64, W from 1 to 64: the last chosen tokens, oldest first, -1 where none.
         token: [B] int64; -1 where the logits are not finite (NaN or inf, or all -inf), and `recent` stays.
+        chosen: [R, B] int64, also in pinned memory of the host: the token goes to row position % R as well.
+        tables: the token that has just been fed is still to be counted: `position` grows by one before it is looked at,
+            and the states change places, as `rows.advance` does it.
     """
     batch, vocabulary = logits.shape
     programs, window = triton.cdiv(vocabulary, BLOCK.value), recent.shape[1]
@@ -121,7 +136,9 @@ def sample(
         logits, options, recent, scratch.tree, scratch.best, logits.stride(0), vocabulary, window, **shape
     )
     choose_kernel[(batch,)](
-        *scratch, position, options, recent, token, vocabulary, programs, window,
+        *scratch, position, *(tables or (None, None, None)), options, recent, token, chosen,
+        vocabulary, programs, window,
+        ADVANCE=tables is not None, CHOSEN=0 if chosen is None else chosen.shape[0],
         PROGRAMS=triton.next_power_of_2(programs), **shape,
     )  # fmt: skip
 
@@ -159,13 +176,15 @@ def tree_kernel(
 
 @triton.jit
 def choose_kernel(
-    p_tree, p_best, p_slots, p_position, p_options, p_recent, p_token, V, programs, window,
-    PROGRAMS: tl.constexpr, W: tl.constexpr, PDL: tl.constexpr,
+    p_tree, p_best, p_slots, p_position, p_source, p_target, p_spare, p_options, p_recent, p_token, p_chosen,
+    V, programs, window,
+    ADVANCE: tl.constexpr, CHOSEN: tl.constexpr, PROGRAMS: tl.constexpr, W: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The token, and `recent` shifted by it. Grid (B,)."""
+    """The token, and `recent` shifted by it; ADVANCE: see `sample`. Grid (B,)."""
     i_row = tl.program_id(0).to(tl.int64)
     wait_for_previous(PDL)
     let_next_start(PDL)
+    position = tl.load(p_position + i_row) + (1 if ADVANCE else 0)
     o_recent = tl.arange(0, W)
     p_slot = p_recent + i_row * window + o_recent
     b_recent = tl.load(p_slot + 1, mask=o_recent + 1 < window, other=-1)
@@ -177,16 +196,20 @@ def choose_kernel(
     if (temperature > 0) & is_finite:
         p_row = p_options + i_row * STRIDE
         kept = tl.minimum(tl.load(p_row + TOP_K), V).to(tl.int32)
-        uniform = uniform_number(tl.load(p_row + SEED), tl.load(p_row + ROW), tl.load(p_position + i_row))
+        uniform = uniform_number(tl.load(p_row + SEED), tl.load(p_row + ROW), position)
         top_p, min_p = _number(p_options, i_row, TOP_P), _number(p_options, i_row, MIN_P)
         roots = programs * (BLOCK // ROOT)
         b_best = _best_ids(p_tree + i_row * roots * TREE, p_slots + i_row * (SLOTS + KEEP), roots)
         i_drawn = drawn_rank(_score(b_best), uniform, temperature, kept, top_p, min_p)
         token = tl.sum(tl.where(tl.arange(0, KEEP) == i_drawn, _index(b_best), 0), axis=0)
     tl.store(p_token + i_row, token)
+    if CHOSEN > 0:
+        tl.store(p_chosen + position % CHOSEN * tl.num_programs(0) + i_row, token)
     b_recent = tl.where(o_recent + 1 == window, token, b_recent)
     tl.debug_barrier()  # one thread reads where another writes
     tl.store(p_slot, b_recent, mask=o_recent < tl.where(is_finite, window, 0))
+    if ADVANCE:
+        advance(p_position, p_source, p_target, p_spare, i_row)
 
 
 @triton.jit

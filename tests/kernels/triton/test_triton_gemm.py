@@ -154,6 +154,20 @@ def test_a_norm_between_two_products(layout: str, M: int, K: int, device: torch.
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["bf16", "int8", "fp8", "int4 of 32"])
+@pytest.mark.parametrize(("M", "F", "K"), [(3, 20, 384), (33, 100, 2304)])
+def test_glu(layout: str, M: int, F: int, K: int, device: torch.device, scratch: Scratch) -> None:
+    """Both halves of W meet in one program."""
+    weight = to(make(layout, 2 * F, K), device)
+    x = randn(M, K, seed=13).bfloat16().to(device) / K
+    y, out = nan(M, 2 * F, device), nan(M, F, device)
+    product(x, weight, y, scratch=scratch)
+    product(x, weight, out, glu=True, scratch=scratch)
+    first, second = y.double().chunk(2, 1)
+    expected = torch.nn.functional.silu(first) * second
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
 def test_bf16_out(device: torch.device) -> None:
     x, weight = randn(4, 384, seed=9).bfloat16().to(device), to(make("int8", 70, 384), device)
     exact, out = nan(4, 70, device), nan(4, 70, device, torch.bfloat16)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
+from stored_weights import make_weight
 from torch import Tensor
 
 from gdn2_edge.kernels.triton import rows
@@ -36,6 +38,7 @@ class Shape:
     V: int
     conv: int = 4
     rank: int = 8
+    format: str = "fp32"  # of the second matrices of gates
 
     @property
     def keys(self) -> int:
@@ -59,6 +62,10 @@ SHAPES = [
     Shape(1, 17, 2, 2, 16, 32, conv=7),
     Shape(2, 33, 1, 2, 64, 16),
     Shape(1, 70, 1, 1, 128, 24),
+    Shape(1, 18, 1, 2, 16, 16, rank=24, format="bf16"),
+    Shape(1, 5, 2, 2, 24, 16, rank=32, format="int8"),
+    Shape(2, 3, 1, 1, 16, 16, rank=64, format="fp8"),
+    Shape(1, 4, 1, 1, 16, 16, rank=96, format="int4 g32"),
 ]
 
 
@@ -66,37 +73,38 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def inputs(s: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Arguments of `prepare` by name; y and the tail lie in larger buffers, as they do in a model."""
     y = normal(s.B, s.T, s.channels + s.keys + s.values + 2 * s.rank) * 3
     y[..., :3] *= 1e-4  # small keys, where the norm's epsilon counts
     tail = normal(s.B, s.channels * (s.conv - 1) + 16, seed=2)[:, 16:].unflatten(1, (s.channels, s.conv - 1))
     given = {
         "y": y.to(dtype),
-        "f": (normal(s.B, s.T, s.keys, seed=3) * 8).to(dtype),
         "tail": tail,
         "conv": normal(s.channels, 1, s.conv, seed=4) / s.conv,
         "A_log": normal(s.H, seed=5),
         "dt_bias": normal(s.keys, seed=6) - 4,
     }
-    return {name: tensor.to(device) for name, tensor in given.items()}
+    f_proj = make_weight(s.format, s.keys, s.rank, device, seed=3)
+    return {**{name: tensor.to(device) for name, tensor in given.items()}, "f_proj": f_proj}
 
 
-def expected_of(s: Shape, given: dict[str, Tensor], erase_scale: float) -> Prepared:
+def expected_of(s: Shape, given: dict[str, Any], erase_scale: float) -> Prepared:
     """The same by the verbs, in fp32."""
     ops = TorchOps()
 
     def dense(name: str) -> Dense:
         return Dense(name, given[name])
 
-    qkv, b, w, _ = ops.split(given["y"].float(), (s.channels, s.keys, s.values, 2 * s.rank))
+    qkv, b, w, x, _ = ops.split(given["y"].float(), (s.channels, s.keys, s.values, s.rank, s.rank))
+    f = (x.double() @ given["f_proj"].rows(slice(None)).double().t()).float()
     qkv, tail = ops.short_conv(qkv, dense("conv"), given["tail"])
     q, k, v = ops.split(qkv, (s.keys, s.keys, s.values))
     return Prepared(
         ops.l2_norm(ops.heads(q, s.H)),
         ops.l2_norm(ops.heads(k, s.H)),
         ops.heads(v, s.HV),
-        ops.decay(ops.heads(given["f"], s.H), dense("A_log"), dense("dt_bias")),
+        ops.decay(ops.heads(f, s.H), dense("A_log"), dense("dt_bias")),
         ops.sigmoid(ops.heads(b, s.H), erase_scale),
         ops.sigmoid(ops.heads(w, s.HV)),
         tail,
@@ -104,7 +112,7 @@ def expected_of(s: Shape, given: dict[str, Tensor], erase_scale: float) -> Prepa
 
 
 def prepared(
-    s: Shape, given: dict[str, Tensor], erase_scale: float, device: torch.device, count: Tensor | None = None
+    s: Shape, given: dict[str, Any], erase_scale: float, device: torch.device, count: Tensor | None = None
 ) -> Prepared:
     sizes = {"heads": (s.H, s.HV), "dims": (s.K, s.V)}
     return prepare(**given, **sizes, erase_scale=erase_scale, count=count, pdl=gpu_of(device).pdl)
@@ -140,7 +148,7 @@ def test_tokens_that_fill_a_shape_up(count: int, device: torch.device) -> None:
     given["y"][:, count:] = torch.nan
     found = prepared(shape, given, 2.0, device, torch.tensor([count], device=device))
     short = Shape(1, count, 1, 2, 16, 24)
-    alone = prepared(short, {**given, "y": given["y"][:, :count], "f": given["f"][:, :count]}, 2.0, device)
+    alone = prepared(short, {**given, "y": given["y"][:, :count]}, 2.0, device)
     for name, expected in alone._asdict().items():
         here = getattr(found, name)
         assert torch.equal(here if name == "tail" else here[:, :count], expected), name
@@ -150,18 +158,23 @@ def test_tokens_that_fill_a_shape_up(count: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("kind", ["silu", "sigmoid"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("B", "T", "HV", "V"), [(1, 1, 1, 16), (2, 9, 3, 24), (1, 40, 2, 128)])
+@pytest.mark.parametrize(
+    ("B", "T", "HV", "V", "format", "rank"),
+    [(1, 1, 1, 16, "fp32", 8), (2, 9, 3, 24, "int8", 16), (1, 40, 2, 128, "int4 g64", 128)],
+)
 def test_gated_norm(
-    B: int, T: int, HV: int, V: int, dtype: torch.dtype, kind: OutputGate, device: torch.device
+    B: int, T: int, HV: int, V: int, format: str, rank: int, dtype: torch.dtype, kind: OutputGate, device: torch.device
 ) -> None:
     o = (normal(B, T, HV, V) * torch.logspace(-4, 2, T)[:, None, None]).to(device)
-    gate = (normal(B, T, HV * V, seed=2) * 4).to(device, dtype)
+    x = normal(B * T, rank + 8, seed=2).to(device, dtype)[:, 8:]  # the last columns of larger rows
+    g_proj = make_weight(format, HV * V, rank, device)
     bias, gain = normal(HV * V, seed=3).to(device), normal(V, seed=4).to(device)
-    found = gated_norm(o, gate, bias, gain, EPS, kind, pdl=gpu_of(device).pdl)
+    found = gated_norm(o, x, g_proj, bias, gain, EPS, kind, pdl=gpu_of(device).pdl)
     ops = TorchOps()
-    expected = ops.gate(ops.rms_norm(o, Dense("o_norm", gain), EPS), ops.heads(gate.float() + bias, HV), kind)
+    gate = (x.double() @ g_proj.rows(slice(None)).double().t()).float().view(B, T, HV * V) + bias
+    expected = ops.gate(ops.rms_norm(o, Dense("o_norm", gain), EPS), ops.heads(gate, HV), kind)
     assert found.dtype == dtype
-    assert_near(found, ops.merge(expected), TOLERANCE if dtype == torch.float32 else ROUNDED)
+    assert_near(found, ops.merge(expected).flatten(0, 1), TOLERANCE if dtype == torch.float32 else ROUNDED)
 
 
 @pytest.mark.parametrize("norm", [True, False])

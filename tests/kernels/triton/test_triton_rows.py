@@ -156,8 +156,7 @@ def test_advance(batch: int, device: torch.device) -> None:
     random = torch.Generator().manual_seed(batch)
     tables = torch.randint(0, 2**40, (4, batch + 2), generator=random)
     position, source, target, spare = (row.to(device, copy=True) for row in tables)
-    block = triton.next_power_of_2(batch)
-    launch(rows.advance_kernel, (1,), position, source, target, spare, batch, device=device, BLOCK=block)
+    launch(rows.advance_kernel, (batch,), position, source, target, spare, device=device)
     expected = tables.clone()
     expected[0, :batch] += 1
     expected[1:, :batch] = tables[[2, 3, 1], :batch]

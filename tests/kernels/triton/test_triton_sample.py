@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gdn2_edge.generate.sampler import Sampler, _uniform
 from gdn2_edge.kernels.triton.draw import uniform_number
-from gdn2_edge.kernels.triton.sample import COLUMNS, fits, make_scratch, sample, write_options
+from gdn2_edge.kernels.triton.sample import COLUMNS, Tables, fits, make_scratch, sample, write_options
 from gdn2_edge.sampling import Sampling
 
 # A row that is drawn takes a tenth of a second in the interpreter.
@@ -46,10 +46,40 @@ def choose(
     options = torch.full((batch, COLUMNS), -1)
     for row, s in enumerate(settings):
         write_options(options[row], row_index=row, **s.model_dump())
+    given = recent
     token, recent = torch.full((batch,), -7, device=device), recent.to(device, copy=True)
     scratch = make_scratch(batch, vocabulary, device)
-    sample(logits.to(device), position.to(device), options.to(device), recent, token, scratch)
-    return token.cpu(), recent.cpu()
+    chosen = torch.full((3, batch), -9, pin_memory=device.type == "cuda")  # the host's memory
+    sample(logits.to(device), position.to(device), options.to(device), recent, token, scratch, chosen=chosen)
+    token, recent = token.cpu(), recent.cpu()
+    rows = torch.arange(batch)
+    assert torch.equal(chosen[position % 3, rows], token)
+    assert (chosen == -9).sum() == 2 * batch
+    assert_the_same_where_it_counts(logits, position, options, given, (token, recent), device)
+    return token, recent
+
+
+def assert_the_same_where_it_counts(
+    logits: Tensor, position: Tensor, options: Tensor, given: Tensor, found: tuple[Tensor, Tensor], device: torch.device
+) -> None:
+    """Told the position before the last token and to count it: the same choice, and tables moved on."""
+    batch, vocabulary = logits.shape
+    token, recent, counted = (
+        torch.full((batch,), -7, device=device),
+        given.to(device, copy=True),
+        position.to(device) - 1,
+    )
+    tables = torch.arange(3 * batch, device=device).view(3, batch)
+    source, target, spare = (row.clone() for row in tables)
+    chosen = torch.full((3, batch), -9, device=device)
+    scratch = make_scratch(batch, vocabulary, device)
+    places = Tables(source, target, spare)
+    sample(logits.to(device), counted, options.to(device), recent, token, scratch, chosen=chosen, tables=places)
+    assert torch.equal(token.cpu(), found[0])
+    assert torch.equal(recent.cpu(), found[1])
+    assert torch.equal(counted.cpu(), position)
+    assert torch.equal(chosen.cpu()[position % 3, torch.arange(batch)], found[0])
+    assert torch.equal(torch.stack(places), tables[[1, 2, 0]])
 
 
 def expected(
