@@ -34,7 +34,7 @@ LAYERS = 18
 FORMATS = ("bf16", "int8", "fp8", "int4")  # int4 in groups of 64, as the recipes make it
 COPIES_BYTES = 256 << 20  # several times the largest L2
 LAUNCHES, REPLAYS = 20, 15
-TUNED_PROGRAMS = (132, 264)
+TUNED_WARPS = (1056, 2112)
 TOLERANCE = 1e-4  # of sum |x w|: cuts of fp32 sums of up to 6208 terms in tensor cores
 
 
@@ -174,27 +174,27 @@ def graph_seconds(run: Callable[[], None]) -> float:
 
 
 def candidates(format: str, block_m: int) -> Iterator[tuple[Tile, int]]:
-    """Tiles with as many stages as 96 KB hold, up to 6, and numbers of programs that share the work."""
+    """Tiles with as many stages as 96 KB hold, up to 6, and numbers of warps up to which K is split."""
     for tile in itertools.product((64, 128, 256), (64, 128), (4, 8)):
         block_n, block_k, num_warps = tile
         weight_bytes = block_n * block_k * {"bf16": 16, "int4": 4}.get(format, 8) // 8
         stages = min(6, (96 << 10) // (weight_bytes + 2 * block_m * block_k))
         sums = block_n * block_m // (32 * num_warps)  # of a thread
         if stages >= 3 and sums <= 64 and block_n >= 16 * num_warps:
-            yield from ((Tile(*tile, stages), programs) for programs in TUNED_PROGRAMS)
+            yield from ((Tile(*tile, stages), warps) for warps in TUNED_WARPS)
 
 
 def tuning_scratch() -> Scratch:
     """For as many programs as candidates have."""
-    most = max(TUNED_PROGRAMS)
+    most = max(TUNED_WARPS) // 4
     counts = torch.zeros(most, dtype=torch.int32, device="cuda")
     return Scratch(torch.empty(most * 256 * 128, device="cuda"), counts)
 
 
 def try_tile(candidate: tuple[str, int, Tile, int], weights: list[list[Weight]], pdl: bool) -> list[float] | None:
     """Seconds of one product with each list of weights, or None where there is not enough shared memory."""
-    format, rows, tile, programs = candidate
-    gemm.TILES[format][block_m_of(rows)], gemm.MAX_PROGRAMS = tile, programs
+    format, rows, tile, warps = candidate
+    gemm.TILES[format][block_m_of(rows)], gemm.MAX_WARPS = tile, warps
     scratch = tuning_scratch()
     names = (*SHAPES, "head")
     try:
@@ -217,9 +217,9 @@ def block_m_of(rows: int) -> int:
 def tune(formats: list[str], all_rows: list[int], pdl: bool) -> None:
     """Print what a step's products take with other tiles, the best five for each format and number of rows."""
     work = [
-        (format, rows, tile, programs)
+        (format, rows, tile, warps)
         for format, rows in itertools.product(formats, all_rows)
-        for tile, programs in candidates(format, block_m_of(rows))
+        for tile, warps in candidates(format, block_m_of(rows))
     ]
     jobs = max(1, (os.cpu_count() or 2) - 1)
     by_compilation = {(format, block_m_of(rows), *rest): (format, rows, *rest) for format, rows, *rest in work}
@@ -231,13 +231,13 @@ def tune(formats: list[str], all_rows: list[int], pdl: bool) -> None:
         weights = [copies_of(format, N, K) for N, K in (*SHAPES.values(), HEAD)]
         for rows in all_rows:
             timed = [(times, c) for c in work if c[:2] == (format, rows) and (times := try_tile(c, weights, pdl))]
-            found = sorted((step_sum(times), tile, programs, times) for times, (_, _, tile, programs) in timed)
-            print(f"{format} M={rows}: step in ms, tile, programs, microseconds of each shape")
-            for step, tile, programs, times in found[:5]:
-                print(f"  {step * 1e3:.3f}", tuple(tile), programs, *(f"{t * 1e6:.1f}" for t in times), flush=True)
+            found = sorted((step_sum(times), tile, warps, times) for times, (_, _, tile, warps) in timed)
+            print(f"{format} M={rows}: step in ms, tile, warps, microseconds of each shape")
+            for step, tile, warps, times in found[:5]:
+                print(f"  {step * 1e3:.3f}", tuple(tile), warps, *(f"{t * 1e6:.1f}" for t in times), flush=True)
             for i, name in enumerate((*SHAPES, "head")):
-                best = sorted((times[i], tile, programs) for _, tile, programs, times in found)[:3]
-                print(f"  {name}:", *(f"{t * 1e6:.1f} {tuple(tile)} {programs};" for t, tile, programs in best))
+                best = sorted((times[i], tile, warps) for _, tile, warps, times in found)[:3]
+                print(f"  {name}:", *(f"{t * 1e6:.1f} {tuple(tile)} {warps};" for t, tile, warps in best))
         del weights
 
 

@@ -126,7 +126,8 @@ def spread(found: Tensor, expected: Tensor) -> float:
 
 def logits_after(model: Model, tokens: list[int]) -> Tensor:
     """Logits [1, V] of the torch runtime after these tokens from the beginning."""
-    return exact(model).prefill(torch.tensor([tokens]), model.initial_state())[0]
+    plain = exact(model)
+    return plain.prefill(torch.tensor([tokens]), plain.initial_state())[0]
 
 
 # Logits

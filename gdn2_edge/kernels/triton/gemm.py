@@ -35,7 +35,7 @@ class Tile(NamedTuple):
 # BLOCK_M -> Tile. Each program reads all of x, which is 2 BLOCK_M / BLOCK_N bytes from the L2 a weight beside its own
 # bits: many rows want tall tiles. Shared memory stays below 99 KB.
 _INT4 = {16: Tile(64, 128, 4, 6), 32: Tile(128, 128, 8, 5), 64: Tile(128, 128, 8, 4), 128: Tile(128, 64, 8, 4)}
-_BYTE = {16: Tile(64, 128, 4, 6), 32: Tile(128, 128, 8, 4), 64: Tile(64, 128, 4, 4), 128: Tile(128, 64, 8, 4)}
+_BYTE = {16: Tile(64, 128, 4, 6), 32: Tile(64, 128, 4, 4), 64: Tile(64, 128, 4, 4), 128: Tile(64, 128, 4, 2)}
 _HALF = {16: Tile(64, 64, 4, 7), 32: Tile(64, 64, 4, 6), 64: Tile(128, 64, 8, 4), 128: Tile(128, 64, 8, 3)}
 TILES = {"int4": _INT4, "int8": _BYTE, "fp8": _BYTE, "bf16": _HALF, "fp16": _HALF}
 MAX_BLOCK_M = 128
@@ -43,9 +43,9 @@ SPLIT_X_TILE = Tile(64, 32, 4, 3)  # x and its three bf16 parts lie in shared me
 IEEE_BLOCK_M, IEEE_TILE = 16, Tile(32, 16, 4, 2)  # fp32 by fp32, without tensor cores
 AMD_MAX_BLOCK_M, AMD_TILE = 64, Tile(64, 64, 8, 2)  # 64 KB of shared memory, and no spilled registers
 
-# K is cut in up to MAX_SPLITS parts: while there are not more programs than this, two for each SM of a large GPU, and
+# K is cut in up to MAX_SPLITS parts: while there are not more warps than this, about 8 for each SM of a large GPU, and
 # each part has MIN_STEPS of BLOCK_K.
-MAX_PROGRAMS = 264
+MAX_WARPS = 1056
 MAX_SPLITS = 8
 MIN_STEPS = 8
 # Bytes of each row of a program's weights that are fetched into the L2 while the kernel before still runs.
@@ -75,17 +75,17 @@ class Next(NamedTuple):
 
 
 def product_scratch(device: torch.device) -> Scratch:
-    """About 17 MB; `counts` are zero between products."""
-    largest = max(tile.block_n * block_m for tiles in TILES.values() for block_m, tile in tiles.items())
+    """About 9 MB; `counts` are zero between products."""
+    sums = [m * tile.block_n * (MAX_WARPS // tile.num_warps) for tiles in TILES.values() for m, tile in tiles.items()]
     return Scratch(
-        torch.empty(MAX_PROGRAMS * largest, dtype=torch.float32, device=device),
-        torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device),
+        torch.empty(max(sums), dtype=torch.float32, device=device),
+        torch.zeros(MAX_WARPS, dtype=torch.int32, device=device),
     )
 
 
-def splits_of(tiles: int, steps: int) -> int:
-    """In how many parts K is cut, for so many tiles of the output and steps of BLOCK_K."""
-    return max(1, min(MAX_SPLITS, MAX_PROGRAMS // tiles, steps // MIN_STEPS))
+def splits_of(tiles: int, steps: int, num_warps: int) -> int:
+    """In how many parts K is cut, for so many tiles of the output, steps of BLOCK_K and warps a program."""
+    return max(1, min(MAX_SPLITS, MAX_WARPS // (tiles * num_warps), steps // MIN_STEPS))
 
 
 @triton.jit
@@ -211,7 +211,6 @@ def product_kernel(
     elif CODED:
         scale = tl.load(p_scale + row)
     wait_for_previous(PDL)
-    let_next_start(PDL)
 
     p_w = p_row[:, None] + o_e[None, :]
     p_xs = p_x + o_m[:, None] * x_stride + o_k[None, :]
@@ -241,6 +240,8 @@ def product_kernel(
                 acc = total + acc * scale.to(tl.float32)[:, None]
                 scale = next_scale
 
+    # No earlier: programs of the next kernel that wait would take room from those of this one.
+    let_next_start(PDL)
     is_last = True
     if SPLITS > 1:
         i_tile = i_n * tl.num_programs(0) + i_m
@@ -355,7 +356,7 @@ def product(
     format, codes, scale, group = stored(weight)
     block_m, tile, how = _plan(x, weight)
     grid = (triton.cdiv(M, block_m), triton.cdiv(N, tile.block_n // (2 if glu else 1)))
-    splits = 1 if scratch is None else splits_of(grid[0] * grid[1], triton.cdiv(K, tile.block_k))
+    splits = 1 if scratch is None else splits_of(grid[0] * grid[1], triton.cdiv(K, tile.block_k), tile.num_warps)
     k_unit = next(unit for unit in (32, 16, 8) if K % unit == 0)
     product_kernel[(*grid, splits)](
         x,
