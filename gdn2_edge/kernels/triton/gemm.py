@@ -34,9 +34,9 @@ class Tile(NamedTuple):
 
 # BLOCK_M -> Tile. Each program reads all of x, which is 2 BLOCK_M / BLOCK_N bytes from the L2 a weight beside its own
 # bits: many rows want tall tiles. Shared memory stays below 99 KB.
-_INT4 = {16: Tile(64, 128, 4, 6), 32: Tile(128, 128, 8, 5), 64: Tile(128, 128, 8, 4), 128: Tile(128, 64, 8, 4)}
+_INT4 = {16: Tile(64, 128, 4, 6), 32: Tile(64, 128, 4, 4), 64: Tile(64, 128, 4, 4), 128: Tile(128, 64, 8, 4)}
 _BYTE = {16: Tile(64, 128, 4, 6), 32: Tile(64, 128, 4, 4), 64: Tile(64, 128, 4, 4), 128: Tile(64, 128, 4, 2)}
-_HALF = {16: Tile(64, 64, 4, 7), 32: Tile(64, 64, 4, 6), 64: Tile(128, 64, 8, 4), 128: Tile(128, 64, 8, 3)}
+_HALF = {16: Tile(64, 64, 4, 7), 32: Tile(64, 64, 4, 6), 64: Tile(64, 128, 4, 3), 128: Tile(64, 64, 4, 4)}
 TILES = {"int4": _INT4, "int8": _BYTE, "fp8": _BYTE, "bf16": _HALF, "fp16": _HALF}
 MAX_BLOCK_M = 128
 SPLIT_X_TILE = Tile(64, 32, 4, 3)  # x and its three bf16 parts lie in shared memory together
