@@ -42,8 +42,8 @@ RULES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "einsum_loop": einsum_loop,
     "chunk": chunk_gated_delta_rule2,
 }
-# 15 is the aim, met with AVX-512 (16) and missed with AVX2 (14). Our own loop is leaner, 9 to 11 times as slow as chunks
-# (each pass over memory and each launch counts at these sizes): 6 only guards against getting worse.
+# 15 is the aim, met with AVX-512 (16) and missed with AVX2 (14). Our own loop is leaner: it takes 9 to 11 times as
+# long as chunks (each pass over memory and each launch counts at these sizes), and 6 only guards against getting worse.
 MINIMUM_RATIOS = {"reference_loop": 6.0, "einsum_loop": 15.0}
 
 
