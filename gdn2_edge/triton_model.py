@@ -36,7 +36,7 @@ PIECE_TOKENS = 4096
 # launching is no longer what a prompt waits for.
 CAPTURED_TOKENS = (16, 32, 64, 128, 256, 512)
 LAUNCHED_MIN_TOKENS = 2048
-STEPS_IN_FLIGHT = 3  # whose tokens are kept; two run
+TOKENS_KEPT = 3  # of each sequence, on the host; two steps run at most
 NOT_FINITE = "The model's logits are not finite: its weights are damaged or hold NaN."
 
 
@@ -83,8 +83,8 @@ class Decoder:
         self.options = torch.zeros(batch, sample.COLUMNS, dtype=torch.int64, pin_memory=is_gpu)
         self.recent = torch.full((batch, sample.MAX_WINDOW), -1, dtype=torch.int64, pin_memory=is_gpu)
         # The GPU writes here itself: a copy between two graphs would keep the second one waiting.
-        self.chosen = self.step.chosen = torch.zeros(STEPS_IN_FLIGHT, batch, dtype=torch.int64, pin_memory=is_gpu)
-        self.events = [torch.cuda.Event() if is_gpu else None for _ in range(STEPS_IN_FLIGHT)]
+        self.chosen = self.step.chosen = torch.zeros(TOKENS_KEPT, batch, dtype=torch.int64, pin_memory=is_gpu)
+        self.events = [torch.cuda.Event() if is_gpu else None for _ in range(TOKENS_KEPT)]
         layout = self.step.layout
         self.scratch_block = torch.zeros(3, layout.block_floats, device=base.device)
         self.scratch_ring = torch.zeros(layout.ring_floats, device=base.device)
@@ -132,19 +132,19 @@ class Decoder:
         self.step.recent.copy_(self.recent, non_blocking=True)
 
     def run(self, choose: bool) -> int:
-        """Start a step; the number under which `wait` finds its tokens."""
+        """Start a step; the number of its event."""
         self._graph(choose)()
-        number = self.count % STEPS_IN_FLIGHT
+        number = self.count % TOKENS_KEPT
         self.count += 1
         if event := self.events[number]:
             event.record()
         return number
 
     def wait(self, number: int, position: Tensor) -> Tensor:
-        """The tokens that a step chose, on the CPU; position [B] after the step."""
+        """The tokens that the step with this event chose, on the CPU; position [B] after the step."""
         if event := self.events[number]:
             event.synchronize()
-        return self.chosen.gather(0, position[None, :] % STEPS_IN_FLIGHT)[0]
+        return self.chosen.gather(0, position[None, :] % TOKENS_KEPT)[0]
 
     def _synchronize(self) -> None:
         if self.base.is_cuda:
@@ -268,7 +268,9 @@ class TritonModel(Model):
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, state: State[Tensor] | None = None) -> tuple[Tensor, State[Tensor]]:
-        return super().forward(tokens, self._functional(state or self.initial_state(tokens.shape[0])))
+        self._checked(tokens, state)
+        state = self.initial_state(tokens.shape[0]) if state is None else state
+        return super().forward(tokens, self._functional(state))
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, state: State[Tensor]) -> tuple[Tensor, State[Tensor]]:

@@ -223,6 +223,24 @@ def test_tokens_of_three_sequences(make: Make) -> None:
     assert torch.equal(ours.recent, theirs.recent)
 
 
+def test_tokens_of_sequences_at_different_positions(make: Make) -> None:
+    """Each finds its own token on the host; states of prompts of 1, 5 and 3 tokens put together."""
+    model = make()
+    plain = exact(model)
+    prompts = [[3], [1, 4, 1, 5, 9], [2, 6, 5]]
+    states = [plain.prefill(torch.tensor([prompt]), plain.initial_state())[1] for prompt in prompts]
+    exported = [plain.export_state(state) for state in states]
+    together = {name: torch.cat([tensors[name] for tensors in exported]) for name in exported[0]}
+    state, expected_state = model.import_state(together), plain.import_state(together)
+    ours, theirs = (Sampler(Sampling(temperature=0, repetition_penalty=1.5), 3) for _ in range(2))
+    token = expected = ids(7, 8, 9)
+    for _ in range(4):
+        token, state = model.generate_step(token, state, ours)
+        expected, expected_state = plain.generate_step(expected, expected_state, theirs)
+        assert token.tolist() == expected.tolist()
+    assert state.position.tolist() == [5, 9, 7]
+
+
 # Steps ahead
 
 
@@ -383,6 +401,8 @@ def test_tokens_outside_the_vocabulary(make: Make) -> None:
             model.generate_step(tokens, model.initial_state(), sampler)
     with pytest.raises(BackendError, match="state is of 2 sequences"):
         model.step(ids(1), model.initial_state(2))
+    with pytest.raises(BackendError, match=r"expected int64 \[B, T\]"):
+        model.forward(torch.tensor(3))
 
 
 @pytest.mark.parametrize(

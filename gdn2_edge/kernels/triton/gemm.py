@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn2_edge.errors import BackendError
 from gdn2_edge.kernels.triton.codes import pair_values, pairs
 from gdn2_edge.kernels.triton.launch import let_next_start, pdl_options, wait_for_previous
 from gdn2_edge.kernels.triton.stored import stored
@@ -77,7 +78,9 @@ class Next(NamedTuple):
 
 def product_scratch(device: torch.device) -> Scratch:
     """About 9 MB; `counts` are zero between products."""
-    sums = [m * tile.block_n * (MAX_WARPS // tile.num_warps) for tiles in TILES.values() for m, tile in tiles.items()]
+    tiles = [(block_m, tile) for of_format in TILES.values() for block_m, tile in of_format.items()]
+    tiles += [(MAX_BLOCK_M, SPLIT_X_TILE), (AMD_MAX_BLOCK_M, AMD_TILE), (IEEE_BLOCK_M, IEEE_TILE)]
+    sums = [block_m * tile.block_n * (MAX_WARPS // tile.num_warps) for block_m, tile in tiles]
     return Scratch(
         torch.empty(max(sums), dtype=torch.float32, device=device),
         torch.zeros(MAX_WARPS, dtype=torch.int32, device=device),
@@ -346,6 +349,8 @@ def product(
         pdl: start while the kernel before still runs; see `launch`.
     """
     if isinstance(weight, Joined):
+        if glu:
+            raise BackendError(f"{weight.name} has parts of several formats, expected one for a gated product.")
         start = 0
         for part in weight.parts:
             columns = slice(start, start + part.shape[0])

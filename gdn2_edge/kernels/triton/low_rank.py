@@ -1,8 +1,7 @@
 """W x for the second matrices of gates, of a few rows x.
 
-W [N, R] has few inputs, so a program loads all of the rows it needs at once, as they are stored and before x is there.
-`load_low_rank` and `low_rank` do it within the kernel that goes on with the result; `low_rank_pair` is a kernel of its
-own, for both gates.
+`low_rank` does it within the kernel that goes on with the result; `low_rank_pair` is a kernel of its own, for both
+gates.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn2_edge.kernels.triton.codes import pair_values, pairs
-from gdn2_edge.kernels.triton.gemm import arithmetic, multiply
+from gdn2_edge.kernels.triton.gemm import arithmetic, multiply, prefetch_rows
 from gdn2_edge.kernels.triton.launch import let_next_start, pdl_options, wait_for_previous
 from gdn2_edge.kernels.triton.stored import stored
 from gdn2_edge.weights import Weight
 
 BLOCK_N, BLOCK_M = 64, 16  # rows of W and of x a program
+TILE_BYTES = tl.constexpr(32 << 10)  # of W in shared memory, expanded
 
 
 class LowRank(NamedTuple):
@@ -43,37 +43,19 @@ class LowRank(NamedTuple):
         return LowRank(pairs(format, codes), scale, weight.shape[1], format, group, splits_x, is_fp32, ptx)
 
     def constants(self, prefix: str) -> dict[str, Any]:
-        """All but the tensors, for `load_low_rank` and `low_rank`."""
+        """All but the tensors."""
         names = ("RANK", "FORMAT", "GROUP", "SPLIT_X", "IEEE", "PTX")
         return {prefix + name: value for name, value in zip(names, self[2:], strict=True)}
 
 
 @triton.jit
-def load_low_rank(p_weight, p_scale, row, mask, RANK: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr):
-    """The stored rows `row` [N] of W: codes and scale of each part of its inputs that has a scale of its own."""
-    CODED: tl.constexpr = FORMAT == "int4" or FORMAT == "int8" or FORMAT == "fp8"
-    PER_ELEMENT: tl.constexpr = 2 if CODED else 1
-    PART: tl.constexpr = GROUP if GROUP > 0 else max(16, triton.next_power_of_2(RANK))
-    o_e = tl.arange(0, PART // PER_ELEMENT)
-    w = ()
-    for i in tl.static_range((RANK + PART - 1) // PART):
-        e = i * (PART // PER_ELEMENT) + o_e
-        p_row = p_weight + row[:, None].to(tl.int64) * (RANK // PER_ELEMENT)
-        codes = tl.load(p_row + e[None, :], mask[:, None] & (e < RANK // PER_ELEMENT)[None, :], 0)
-        if GROUP > 0:
-            w = w + (codes, tl.load(p_scale + row * (RANK // GROUP) + i, mask, 0.0).to(tl.float32))
-        elif CODED:
-            w = w + (codes, tl.load(p_scale + row, mask, 0.0))
-        else:
-            w = w + (codes, 1.0)
-    return w
-
-
-@triton.jit
 def low_rank(
-    w,
+    p_weight,
+    p_scale,
+    row,
+    m_row,
     p_x,
-    mask,
+    m_x,
     RANK: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -81,21 +63,38 @@ def low_rank(
     IEEE: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """W x for rows x at the pointers p_x [M], fp32 [N, M], from the weight's exact values; w is of `load_low_rank`."""
+    """Rows `row` [N] of W times x, whose rows are at the pointers p_x [M]: fp32 [N, M], from the exact values of W."""
     CODED: tl.constexpr = FORMAT == "int4" or FORMAT == "int8" or FORMAT == "fp8"
-    PART: tl.constexpr = GROUP if GROUP > 0 else max(16, triton.next_power_of_2(RANK))
-    total = tl.zeros((w[0].shape[0], p_x.shape[0]), tl.float32)
-    for i in tl.static_range((RANK + PART - 1) // PART):
-        k = i * PART + tl.arange(0, PART)
-        x = tl.load(p_x[:, None] + k[None, :], mask[:, None] & (k < RANK)[None, :], 0.0)
-        values = w[2 * i]
+    PER_ELEMENT: tl.constexpr = 2 if CODED else 1
+    LARGEST: tl.constexpr = (TILE_BYTES // 4 if IEEE else TILE_BYTES // 2) // row.shape[0]
+    PART: tl.constexpr = max(16, min(GROUP if GROUP > 0 else triton.next_power_of_2(RANK), LARGEST))
+    p_row = p_weight + row.to(tl.int64) * (RANK // PER_ELEMENT)
+    total = tl.zeros((row.shape[0], p_x.shape[0]), tl.float32)
+    for first in tl.range(0, RANK, PART, num_stages=1):
+        k = first + tl.arange(0, PART)
+        e = first // PER_ELEMENT + tl.arange(0, PART // PER_ELEMENT)
+        w = tl.load(p_row[:, None] + e[None, :], m_row[:, None] & (e < RANK // PER_ELEMENT)[None, :], 0)
+        x = tl.load(p_x[:, None] + k[None, :], m_x[:, None] & (k < RANK)[None, :], 0.0)
         if CODED:
-            values = pair_values(values, FORMAT, tl.bfloat16 if SPLIT_X else x.dtype, PTX)
-            part = multiply(values, x, tl.zeros(total.shape, tl.float32), SPLIT_X, IEEE)
-            total += part * w[2 * i + 1][:, None]
+            w = pair_values(w, FORMAT, tl.bfloat16 if SPLIT_X else x.dtype, PTX)
+        if GROUP > 0:
+            scale = tl.load(p_scale + row * (RANK // GROUP) + first // GROUP, m_row, 0.0).to(tl.float32)
+            total += multiply(w, x, tl.zeros(total.shape, tl.float32), SPLIT_X, IEEE) * scale[:, None]
         else:
-            total = multiply(values, x, total, SPLIT_X, IEEE)
+            total = multiply(w, x, total, SPLIT_X, IEEE)
+    if CODED and GROUP == 0:
+        total *= tl.load(p_scale + row, m_row, 0.0)[:, None]
     return total
+
+
+@triton.jit
+def prefetch_low_rank(p_weight, row, m_row, RANK: tl.constexpr, FORMAT: tl.constexpr, PDL: tl.constexpr):
+    """Ask for the rows of W into the L2, while the kernel before still runs."""
+    CODED: tl.constexpr = FORMAT == "int4" or FORMAT == "int8" or FORMAT == "fp8"
+    ELEMENTS: tl.constexpr = RANK // (2 if CODED else 1)
+    NUM_BYTES: tl.constexpr = ELEMENTS * (p_weight.dtype.element_ty.primitive_bitwidth // 8)
+    if PDL and NUM_BYTES % 16 == 0:
+        prefetch_rows(p_weight + tl.where(m_row, row, 0).to(tl.int64) * ELEMENTS, NUM_BYTES)
 
 
 @triton.jit
@@ -134,17 +133,22 @@ def low_rank_kernel(
     p_row = p_x + o_m.to(tl.int64) * x_stride
     if i_n < F_TILES:
         o_f = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        f = load_low_rank(p_f, p_f_scale, o_f, o_f < F_N, F_RANK, F_FORMAT, F_GROUP)
+        prefetch_low_rank(p_f, o_f, o_f < F_N, F_RANK, F_FORMAT, PDL)
         wait_for_previous(PDL)
         let_next_start(PDL)
-        y_f = low_rank(f, p_row, o_m < M, F_RANK, F_FORMAT, F_GROUP, F_SPLIT_X, F_IEEE, F_PTX)
+        y_f = low_rank(
+            p_f, p_f_scale, o_f, o_f < F_N, p_row, o_m < M, F_RANK, F_FORMAT, F_GROUP, F_SPLIT_X, F_IEEE, F_PTX
+        )
         tl.store(p_y_f + o_m[None, :] * F_N + o_f[:, None], y_f, (o_m < M)[None, :] & (o_f < F_N)[:, None])
     else:
         o_g = (i_n - F_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
-        g = load_low_rank(p_g, p_g_scale, o_g, o_g < G_N, G_RANK, G_FORMAT, G_GROUP)
+        prefetch_low_rank(p_g, o_g, o_g < G_N, G_RANK, G_FORMAT, PDL)
         wait_for_previous(PDL)
         let_next_start(PDL)
-        y_g = low_rank(g, p_row + F_RANK, o_m < M, G_RANK, G_FORMAT, G_GROUP, G_SPLIT_X, G_IEEE, G_PTX)
+        p_row += F_RANK
+        y_g = low_rank(
+            p_g, p_g_scale, o_g, o_g < G_N, p_row, o_m < M, G_RANK, G_FORMAT, G_GROUP, G_SPLIT_X, G_IEEE, G_PTX
+        )
         tl.store(p_y_g + o_m[None, :] * G_N + o_g[:, None], y_g, (o_m < M)[None, :] & (o_g < G_N)[:, None])
 
 

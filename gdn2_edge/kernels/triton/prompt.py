@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn2_edge.kernels.triton.launch import let_next_start, pdl_options, wait_for_previous
-from gdn2_edge.kernels.triton.low_rank import LowRank, load_low_rank, low_rank
+from gdn2_edge.kernels.triton.low_rank import LowRank, low_rank
 from gdn2_edge.kernels.triton.mixer import sigmoid, silu, softplus
 from gdn2_edge.weights import Weight
 
@@ -136,10 +136,9 @@ def prepare_kernel(
         tl.store(p_q + size + o_tk, tl.where(is_counted, k, 0.0).to(p_q.dtype.element_ty), mask_tk)
         b = tl.load(p_rows + CHANNELS + o_q[None, :], mask_tk, 0.0).to(tl.float32)
         tl.store(p_q + 2 * size + o_tk, (sigmoid(b, False) * erase_scale).to(p_q.dtype.element_ty), mask_tk)
-        f_rows = load_low_rank(p_f, p_f_scale, o_q, mask_k, F_RANK, F_FORMAT, F_GROUP)
-        p_in = p_y + o_t.to(tl.int64) * y_stride + RANKS
-        f = tl.trans(low_rank(f_rows, p_in, o_t < T, F_RANK, F_FORMAT, F_GROUP, F_SPLIT_X, F_IEEE, F_PTX))
-        f += tl.load(p_dt_bias + o_q, mask_k, 0.0)[None, :]
+        p_in, is_in = p_y + o_t.to(tl.int64) * y_stride + RANKS, o_t < T
+        f = low_rank(p_f, p_f_scale, o_q, mask_k, p_in, is_in, F_RANK, F_FORMAT, F_GROUP, F_SPLIT_X, F_IEEE, F_PTX)
+        f = tl.trans(f) + tl.load(p_dt_bias + o_q, mask_k, 0.0)[None, :]
         g = -tl.exp(tl.load(p_A_log + i_head)) * softplus(f)
         tl.store(p_g + o_tk, tl.where(is_counted, g, 0.0), mask_tk)
         if first == 0:
@@ -247,10 +246,9 @@ def gated_norm_kernel(
     o = o_m.to(tl.int64)[:, None] * (HV * V) + i_head * V + o_v[None, :]
     x = tl.load(p_o + o, mask, 0.0)
     x *= tl.rsqrt(tl.sum(x * x, 1) / V + eps)[:, None] * tl.load(p_gain + o_v, mask_v, 0.0)[None, :]
-    g_rows = load_low_rank(p_g, p_g_scale, i_head * V + o_v, mask_v, G_RANK, G_FORMAT, G_GROUP)
-    p_rows = p_in + o_m.to(tl.int64) * in_stride
-    gate = tl.trans(low_rank(g_rows, p_rows, o_m < M, G_RANK, G_FORMAT, G_GROUP, G_SPLIT_X, G_IEEE, G_PTX))
-    gate += tl.load(p_bias + i_head * V + o_v, mask_v, 0.0)[None, :]
+    p_in, row = p_in + o_m.to(tl.int64) * in_stride, i_head * V + o_v
+    gate = low_rank(p_g, p_g_scale, row, mask_v, p_in, o_m < M, G_RANK, G_FORMAT, G_GROUP, G_SPLIT_X, G_IEEE, G_PTX)
+    gate = tl.trans(gate) + tl.load(p_bias + i_head * V + o_v, mask_v, 0.0)[None, :]
     x *= sigmoid(gate, False) * (gate if GATE == "silu" else 1.0)
     tl.store(p_out + o, x.to(p_out.dtype.element_ty), mask)
 

@@ -4,53 +4,50 @@ from __future__ import annotations
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from stored_weights import FORMATS, make_weight
+from torch import Tensor
 
-from gdn2_edge.kernels.triton.low_rank import LowRank, load_low_rank, low_rank
+from gdn2_edge.kernels.triton.launch import gpu_of
+from gdn2_edge.kernels.triton.low_rank import low_rank_pair
+from gdn2_edge.weights import Weight
 
-# Sums of at most 128 products, cut to 24 bits in tensor cores, as a share of the sum of their sizes.
+# Sums of at most 256 products, cut to 24 bits in tensor cores, as a share of the sum of their sizes.
 TOLERANCE = 3e-6
 
 
-@triton.jit
-def product_kernel(
-    p_x,
-    p_weight,
-    p_scale,
-    p_out,
-    M,
-    x_stride,
-    N: tl.constexpr,
-    N_2: tl.constexpr,
-    RANK: tl.constexpr,
-    FORMAT: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPLIT_X: tl.constexpr,
-    IEEE: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    o_n, o_m = tl.arange(0, N_2), tl.arange(0, 16)
-    w = load_low_rank(p_weight, p_scale, o_n, o_n < N, RANK, FORMAT, GROUP)
-    y = low_rank(w, p_x + o_m * x_stride, o_m < M, RANK, FORMAT, GROUP, SPLIT_X, IEEE, PTX)
-    tl.store(p_out + o_m[None, :] * N + o_n[:, None], y, (o_m < M)[None, :] & (o_n < N)[:, None])
+def check(f: Weight, g: Weight, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Inputs lie within larger rows, as they do in a model; every result is written."""
+    ranks = f.shape[1], g.shape[1]
+    x = torch.randn(rows, 8 + sum(ranks), generator=torch.Generator().manual_seed(1)).to(device, dtype)[:, 8:]
+    y_f, y_g = (torch.full((rows, weight.shape[0]), torch.nan, device=device) for weight in (f, g))
+    low_rank_pair(x, f, g, y_f, y_g, pdl=gpu_of(device).pdl)
+
+    def near(y: Tensor, weight: Weight, inputs: Tensor) -> bool:
+        inputs, values = inputs.double(), weight.rows(slice(None)).double().t()
+        return bool(((y - inputs @ values).abs() <= TOLERANCE * (inputs.abs() @ values.abs())).all())
+
+    assert near(y_f, f, x[:, : ranks[0]])
+    assert near(y_g, g, x[:, ranks[0] :])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("M", "N", "rank"), [(1, 16, 8), (5, 24, 32), (16, 40, 96), (16, 128, 128)])
-def test_against_fp64(M: int, N: int, rank: int, format: str, dtype: torch.dtype, device: torch.device) -> None:
-    if format.startswith("int4") and rank % int(format.rpartition("g")[2]):
-        pytest.skip("the group does not divide a row")
-    weight = make_weight(format, N, rank, device)
-    x = torch.randn(M, rank + 8, generator=torch.Generator().manual_seed(1)).to(device, dtype)[:, 8:]
-    out = torch.full((M, N), torch.nan, device=device)
-    given = LowRank.of(weight, x)
-    product_kernel[(1,)](
-        *(x, given.p_weight, given.p_scale, out, M, x.stride(0)),
-        **{"N": N, "N_2": triton.next_power_of_2(N)},
-        **given.constants(""),
-    )
-    x, values = x.double(), weight.rows(slice(None)).double().t()
-    assert ((out - x @ values).abs() <= TOLERANCE * (x.abs() @ values.abs())).all()
+def test_every_format(format: str, dtype: torch.dtype, device: torch.device) -> None:
+    check(make_weight(format, 24, 128, device), make_weight(format, 16, 128, device, seed=2), 5, dtype, device)
+
+
+@pytest.mark.parametrize(
+    ("rows", "f_format", "f_shape", "g_format", "g_shape"),
+    [
+        (37, "int8", (100, 24), "int4 g32", (130, 64)),
+        (17, "int4 g32", (64, 96), "fp32", (200, 40)),
+        (1, "bf16", (8, 8), "fp8", (8, 16)),
+        (3, "int4 g64", (72, 256), "bf16", (40, 248)),
+    ],
+)
+def test_shapes(
+    rows: int, f_format: str, f_shape: tuple[int, int], g_format: str, g_shape: tuple[int, int], device: torch.device
+) -> None:
+    """Several programs along every side, matrices of different sizes and formats, inputs taken in parts."""
+    f, g = make_weight(f_format, *f_shape, device), make_weight(g_format, *g_shape, device, seed=2)
+    check(f, g, rows, torch.float32, device)
