@@ -134,7 +134,7 @@ class TritonOps(TorchOps):
     def _mlp(self, mlp: Mlp, h: Tensor) -> Tensor:
         M, ff = h.shape[0], mlp.w3.shape[1]
         out = torch.empty(M, ff, dtype=self.dtype, device=h.device)
-        if M <= FEW_ROWS and not self._is_plain(mlp.w12):
+        if self._reads_stored(h, mlp.w12):
             gemm.product(h, mlp.w12, out, glu=True, scratch=self._scratch, pdl=self.pdl)
             return self._product(out, mlp.w3)
         y = self._product(h, mlp.w12)
@@ -176,7 +176,7 @@ class TritonOps(TorchOps):
         """x [M, K] of the activations' dtype -> x W^T [M, N]."""
         if isinstance(weight, Dense) and self._is_plain(weight):
             return F.linear(x, weight.data)
-        if x.shape[0] <= FEW_ROWS:
+        if self._reads_stored(x, weight):
             out = torch.empty(x.shape[0], weight.shape[0], dtype=self.dtype, device=x.device)
             gemm.product(x, weight, out, scratch=self._scratch, pdl=self.pdl)
             return out
@@ -200,6 +200,10 @@ class TritonOps(TorchOps):
             x, out, scale, D=K, D_2=next_power_of_2(K), PDL=self.pdl, num_warps=8, **pdl_options(self.pdl)
         )
         return out, scale
+
+    def _reads_stored(self, x: Tensor, weight: Weight) -> bool:
+        """Whether the product with rows x reads a weight as it is stored; otherwise cuBLAS multiplies its values."""
+        return x.shape[0] <= FEW_ROWS and not self._is_plain(weight)
 
     def _is_plain(self, weight: Weight) -> bool:
         return isinstance(weight, Dense) and weight.data.dtype == self.dtype
